@@ -1,0 +1,46 @@
+"""Incremental-learning methods, one file of pure hooks each; `build` finds one by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Mapping
+
+from tail_jax.methods.base import Method
+from tail_jax.methods.full import Frozen, Joint, Sequential
+from tail_jax.methods.ptat import PTAT, Prompts
+from tail_jax.tuning.prompts import PromptConfig
+
+METHODS: dict[str, type[Method]] = {
+    "frozen": Frozen,
+    "sequential": Sequential,
+    "joint": Joint,
+    "prompts": Prompts,
+    "ptat": PTAT,
+}
+
+
+def defaults(name: str) -> dict:
+    """The settings of the method `name` with their defaults, as `config.method` holds them.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}; expected one of {[*METHODS]}")
+    return {"name": name} | dataclasses.asdict(METHODS[name]())
+
+
+def build(config: Mapping) -> Method:
+    """The method that `config` (name and settings) describes.
+
+    Raises:
+        ValueError: on an unknown name, an unknown setting or a value out of range.
+    """
+    config = dict(config)
+    known = defaults(config.pop("name"))
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"method has no settings {unknown}; expected some of {[*known]}")
+    if "prompts" in config:
+        config["prompts"] = PromptConfig(**config["prompts"])
+    return METHODS[known["name"]](**config)

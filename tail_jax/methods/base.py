@@ -1,0 +1,116 @@
+"""What a method is: hooks around the one trainer.
+
+A method is a frozen dataclass of hyper-parameters. Its state is data, a dict with
+
+    trainable   the tree that is optimised (and nothing else is)
+    aux         arrays the loss reads but does not change: teachers, switches, statistics
+
+The backbone stands beside them as `frozen` and is never part of the state. The trainer calls
+
+    init -> for each task: begin_task -> (forward, objective) x steps -> end_task -> evaluation
+
+`forward` treats every row of the batch alone, `objective` sees the whole batch; the split is what
+lets the trainer accumulate gradients over parts of a batch and still get the loss of the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tail_jax import losses
+from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Contrastive training of `trainable`; subclasses say what that tree is.
+
+    Attributes:
+        learning_rate: peak rate of what no other rate names.
+        weight_decay: decoupled, on matrices only (not biases, norms, prompts, temperature).
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+
+    trains = True    # False: the method is evaluated as it is
+    joint = False    # True: one training on the union of all tasks, an upper bound
+    has_teacher = False  # True: `aux` has a `teacher` tree, copied from `trainable` at each task
+
+    # --- state -------------------------------------------------------------------------------
+
+    def init(self, key: jax.Array, model: DualEncoder, params: dict) -> State:
+        """The state before the first task; may alias `params`, which the trainer copies."""
+        raise NotImplementedError
+
+    def frozen(self, params: dict) -> dict:
+        """What the step needs of the backbone beside `trainable`: an argument of the step."""
+        return params
+
+    def resolve(self, model: DualEncoder, trainable: dict, frozen: dict) -> tuple[dict, dict | None]:
+        """(parameters, tuning) as the encoders take them."""
+        raise NotImplementedError
+
+    def begin_task(self, state: State, task: int) -> State:
+        """State at the start of task 0, 1, ...; shapes must not change (the step is traced once)."""
+        if not self.has_teacher:
+            return state
+        # A copy: an alias would be freed when the step donates the trainable tree.
+        return state | {"aux": state["aux"] | {
+            "teacher": jax.tree.map(jnp.copy, state["trainable"]),
+            "distil": jnp.asarray(task > 0, jnp.float32)}}
+
+    def end_task(self, state: State, task: int) -> State:
+        """State after the last step of a task."""
+        del task
+        return state
+
+    # --- optimisation ------------------------------------------------------------------------
+
+    def learning_rates(self) -> list[tuple[str, float]]:
+        """Rules (name of a leaf of `trainable` -> peak learning rate)."""
+        return [(r".*", self.learning_rate)]
+
+    def weight_decays(self) -> list[tuple[str, float]]:
+        """Rules (name of a leaf of `trainable` -> decoupled weight decay)."""
+        decayed = r".*/(kernel|embedding)"
+        return [(decayed, self.weight_decay), (rf"(?!{decayed}$).*", 0.0)]
+
+    def update_mask(self, state: State) -> Any:
+        """Tree of booleans that multiplies the updates of `trainable`; prefix trees are fine."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: jnp.asarray(getattr(path[-1], "key", None) not in BUFFERS),
+            state["trainable"])
+
+    # --- the step ----------------------------------------------------------------------------
+
+    def embed_audio(self, model, trainable, frozen, aux, batch, key=None) -> jax.Array:
+        """Unit audio embeddings [B, d] of `batch['audio']`, each row alone."""
+        params, tuning = self.resolve(model, trainable, frozen)
+        return model.encode_audio(params, tuning, batch["audio"], key=key)["embedding"]
+
+    def embed_text(self, model, trainable, frozen, aux, batch, key=None) -> jax.Array:
+        """Unit text embeddings [B, d] of `batch['token_ids'], batch['token_mask']`."""
+        params, tuning = self.resolve(model, trainable, frozen)
+        return model.encode_text(params, tuning, batch["token_ids"], batch["token_mask"],
+                                 key=key)["embedding"]
+
+    def forward(self, model, trainable, frozen, aux, batch, key) -> dict[str, jax.Array]:
+        """Everything `objective` needs of each row: arrays with a leading batch axis."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        return {"audio": self.embed_audio(model, trainable, frozen, aux, batch, keys[0]),
+                "text": self.embed_text(model, trainable, frozen, aux, batch, keys[1])}
+
+    def objective(self, model, trainable, frozen, aux, outputs, batch):
+        """(loss, metrics): scalars, from the outputs of the whole batch."""
+        params, _ = self.resolve(model, trainable, frozen)
+        s = losses.similarity(outputs["audio"], outputs["text"], params["logit_scale"])
+        g = losses.positives(batch["clip_id"], batch["caption_key"], batch["mask"])
+        loss = losses.retrieval_loss(s, g, batch["mask"])
+        return loss, {"retrieval": loss}

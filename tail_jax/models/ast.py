@@ -1,0 +1,76 @@
+"""Audio Spectrogram Transformer (Gong et al. 2021): patches of a log-mel, a DeiT encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from tail_jax.models.transformer import BlockConfig, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class ASTConfig:
+    """An AST.
+
+    Attributes:
+        frames, mels: fixed size of the input log-mel.
+        patch, stride: square patch and its step, in both directions.
+        width, layers, heads, hidden: of the encoder.
+        epsilon, dropout: of the blocks.
+    """
+
+    frames: int = 1024
+    mels: int = 128
+    patch: int = 16
+    stride: int = 10
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    epsilon: float = 1e-12
+    dropout: float = 0.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along (mels, frames); token order is mel-major."""
+        return tuple((n - self.patch) // self.stride + 1 for n in (self.mels, self.frames))
+
+    @property
+    def layer_widths(self) -> tuple[tuple[int, int], ...]:
+        """(number of layers, width) of each stage: one stage."""
+        return ((self.layers, self.width),)
+
+
+class ASTTower(nn.Module):
+    """Log-mel [B, frames, mels] in dB to tokens, all hidden states, and mean of CLS and DIST."""
+
+    config: ASTConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, audio, mask=None, tuning=None, deterministic=True):
+        del mask  # the window is fixed: silence is input, not padding
+        c = self.config
+        if audio.shape[1:] != (c.frames, c.mels):
+            raise ValueError(f"AST got log-mels of shape {audio.shape[1:]} (frames, mels); "
+                             f"this model takes ({c.frames}, {c.mels})")
+        mean = self.param("input_mean", nn.initializers.constant(-4.2677393), ())
+        std = self.param("input_std", nn.initializers.constant(4.5689974), ())
+        x = ((audio - mean) / (2 * std)).transpose(0, 2, 1)[..., None].astype(self.dtype)
+        x = nn.Conv(c.width, (c.patch, c.patch), (c.stride, c.stride), "VALID", dtype=self.dtype,
+                    name="patch")(x)
+        x = x.reshape(x.shape[0], -1, c.width)
+        small = nn.initializers.normal(0.02)
+        special = jnp.stack([self.param("cls", small, (c.width,)),
+                             self.param("dist", small, (c.width,))]).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(special, (x.shape[0],) + special.shape), x], 1)
+        x += self.param("position", small, (x.shape[1], c.width)).astype(self.dtype)
+        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, "gelu", c.dropout,
+                            self.dtype)
+        hidden = Stack(block, c.layers, name="encoder")(x, None, tuning, deterministic)
+        tokens = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(hidden[-1])
+        return {"tokens": tokens, "hidden": hidden, "pooled": tokens[:, :2].mean(1)}

@@ -1,0 +1,89 @@
+"""BERT and RoBERTa text towers: embeddings and pooling around the transformer stack."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from tail_jax.models.transformer import BlockConfig, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A BERT-style encoder.
+
+    Attributes:
+        vocab_size, width, layers, heads, hidden: as usual.
+        max_positions: rows of the position table (RoBERTa's counts its two reserved rows).
+        type_vocab_size: rows of the token-type table; every token has type 0.
+        position_offset: first position used: 0 for BERT, pad id + 1 = 2 for RoBERTa.
+        pool: 'cls' (BERT), 'pooler' (CLAP's RoBERTa: tanh(W cls + b)) or 'mean' over the mask.
+        epsilon, dropout: of the blocks and the embedding.
+    """
+
+    vocab_size: int = 50265
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    max_positions: int = 514
+    type_vocab_size: int = 1
+    position_offset: int = 2
+    pool: str = "pooler"
+    epsilon: float = 1e-12
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.pool not in ("cls", "pooler", "mean"):
+            raise ValueError(f"text pool is {self.pool!r}; expected 'cls', 'pooler' or 'mean'")
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence the position table holds."""
+        return self.max_positions - self.position_offset
+
+    @property
+    def layer_widths(self) -> tuple[tuple[int, int], ...]:
+        """(number of layers, width) of each stage: one stage."""
+        return ((self.layers, self.width),)
+
+
+class TextTower(nn.Module):
+    """Token ids [B, N] to tokens, all hidden states, and one pooled vector."""
+
+    config: TextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, token_ids, mask, tuning=None, deterministic=True):
+        c = self.config
+        if token_ids.shape[1] > c.max_tokens:
+            raise ValueError(
+                f"{token_ids.shape[1]} tokens, but the position table holds {c.max_tokens}; "
+                "lower data.max_tokens")
+        embed = lambda rows, name: nn.Embed(
+            rows, c.width, dtype=self.dtype, name=name,
+            embedding_init=nn.initializers.normal(0.02))
+        # Positions count real tokens only, so padding on either side leaves them alone.
+        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0) + c.position_offset
+        x = embed(c.vocab_size, "word")(token_ids)
+        x += embed(c.max_positions, "position")(positions)
+        x += embed(c.type_vocab_size, "token_type")(jnp.zeros_like(token_ids))
+        x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
+        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, "gelu", c.dropout,
+                            self.dtype)
+        hidden = Stack(block, c.layers, name="encoder")(x, mask, tuning, deterministic)
+        tokens = hidden[-1]
+        if c.pool == "mean":
+            weight = mask[..., None].astype(tokens.dtype)
+            pooled = (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+        else:
+            first = jnp.argmax(mask, axis=1)  # [CLS] / <s>, wherever the padding is
+            pooled = jnp.take_along_axis(tokens, first[:, None, None], axis=1)[:, 0]
+            if c.pool == "pooler":
+                pooled = jnp.tanh(nn.Dense(c.width, dtype=self.dtype, name="pooler")(pooled))
+        return {"tokens": tokens, "hidden": hidden, "pooled": pooled}

@@ -1,0 +1,38 @@
+"""Named sizes of the dual encoder, from one that trains on two cores to the published ones."""
+
+from __future__ import annotations
+
+from tail_jax.models.ast import ASTConfig
+from tail_jax.models.bert import TextConfig
+from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.htsat import HTSATConfig
+
+_MINI_TEXT = TextConfig(vocab_size=1024, width=96, layers=4, heads=4, hidden=384,
+                        max_positions=66, pool="pooler", epsilon=1e-5)
+
+PRESETS = {
+    # About a million parameters; the audio is 128 frames of 32 mels.
+    "mini-htsat": DualEncoder(
+        HTSATConfig(spec_size=64, mels=32, patch=4, width=48, depths=(2, 2), heads=(2, 4),
+                    window=4), _MINI_TEXT, embedding=64),
+    "mini-ast": DualEncoder(
+        ASTConfig(frames=128, mels=32, patch=8, stride=8, width=96, layers=4, heads=4,
+                  hidden=384, epsilon=1e-5), _MINI_TEXT, embedding=64),
+    # Specification configuration B: LAION CLAP (HTSAT-tiny, RoBERTa-base).
+    "clap-htsat-tiny": DualEncoder(HTSATConfig(), TextConfig()),
+    # Specification configuration A: AST-base and BERT-base, new heads.
+    "ast-base": DualEncoder(
+        ASTConfig(), TextConfig(vocab_size=30522, max_positions=512, type_vocab_size=2,
+                                position_offset=0, pool="cls")),
+}
+
+
+def preset(name: str) -> DualEncoder:
+    """The dual encoder called `name`.
+
+    Raises:
+        ValueError: on an unknown name, listing the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; expected one of {[*PRESETS]}")
+    return PRESETS[name]

@@ -1,0 +1,48 @@
+"""Embeds the clips and captions of a split under a method's current state."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from tail_jax.training.sharding import by_row, put_batch, replicated
+
+
+class Embedder:
+    """Compiled embedding functions of one method; rows do not see each other, no randomness.
+
+    A reader (see `data_pipelines.batches`) gives padded batches: one row a chunk of a clip, one a
+    caption. A clip's embedding is the mean of its chunks' embeddings, brought to unit length.
+    """
+
+    def __init__(self, model, method, mesh, batch_size: int):
+        self._batch, self._mesh, self._dimension = batch_size, mesh, model.embedding
+        here, rows = replicated(mesh), by_row(mesh)
+
+        def compiled(function):
+            run = lambda trainable, frozen, aux, batch: function(
+                model, trainable, frozen, aux, batch)
+            return jax.jit(run, in_shardings=(None, None, None, rows), out_shardings=here)
+
+        self._audio, self._text = compiled(method.embed_audio), compiled(method.embed_text)
+
+    def audio(self, reader, trainable, frozen, aux, *, training: bool = False) -> np.ndarray:
+        """[clips, d]: evaluation chunks of every clip, or the chunk that training sees."""
+        total = np.zeros((len(reader.split.clips), self._dimension), np.float32)
+        for batch in reader.audio_batches(self._batch, training=training):
+            row = self._run(self._audio, trainable, frozen, aux, batch, ("audio", "mask"))
+            np.add.at(total, batch["clip_id"][batch["mask"]], row[batch["mask"]])
+        return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+
+    def text(self, reader, trainable, frozen, aux) -> np.ndarray:
+        """[captions, d]."""
+        out = np.zeros((len(reader.split.captions), self._dimension), np.float32)
+        for batch in reader.text_batches(self._batch):
+            keys = ("token_ids", "token_mask", "mask")
+            row = self._run(self._text, trainable, frozen, aux, batch, keys)
+            out[batch["caption_id"][batch["mask"]]] = row[batch["mask"]]
+        return out
+
+    def _run(self, function, trainable, frozen, aux, batch, keys):
+        device_batch = put_batch({k: batch[k] for k in keys}, self._mesh)
+        return np.asarray(function(trainable, frozen, aux, device_batch))

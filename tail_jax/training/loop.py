@@ -1,0 +1,156 @@
+"""The loop over the steps of one task: batches in, metrics out, checkpoints between, kills survived."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from typing import Any, Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tail_jax.training.sharding import put_batch
+
+# What the step reads of a batch; the rest (clip names, say) stays on the host.
+STEP_KEYS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "mask",
+             "teacher_audio", "teacher_text")
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient was not finite."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM or SIGINT arrived; the state was saved."""
+
+
+@contextlib.contextmanager
+def watch_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM or SIGINT has arrived; a second one kills."""
+    received: list[int] = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    try:
+        before = {n: signal.signal(n, handler) for n in numbers}
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Progress:
+    """A tqdm bar on a terminal, otherwise a plain line every few seconds."""
+
+    def __init__(self, title: str, total: int, start: int = 0, every_seconds: float = 20.0):
+        self._title, self._total, self._start, self._every = title, total, start, every_seconds
+        self._began = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, desc=title, unit="step", leave=False)
+
+    def update(self, done: int, loss: float) -> None:
+        """Shows that `done` of all steps are finished."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if done == self._total or now - self._last >= self._every:
+            self._last = now
+            rate = (done - self._start) / max(now - self._began, 1e-9)
+            print(f"{self._title}: step {done}/{self._total}, {rate:.2f} steps/s, "
+                  f"{(self._total - done) / max(rate, 1e-9):.0f} s left, loss {loss:.3f}",
+                  file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclasses.dataclass
+class TaskLoop:
+    """Runs the steps of one task.
+
+    Attributes:
+        step: the compiled train step.
+        mesh: where batches go.
+        key: of the task; the step folds its number in.
+        write: called with (step, metrics) every `log_every` steps and at the last.
+        save: called with (step, trainable, opt_state) to write a checkpoint.
+        stop: tells whether to save and leave.
+        log_every: steps between metrics on disk.
+        save_seconds: longest time between checkpoints.
+    """
+
+    step: Any
+    mesh: Any
+    key: jax.Array
+    write: Callable[[int, dict], None]
+    save: Callable[[int, Any, Any], None]
+    stop: Callable[[], bool]
+    log_every: int = 10
+    save_seconds: float = 300.0
+
+    def run(self, title, batches, trainable, opt_state, frozen, aux, mask, start, total):
+        """Steps `start` to `total`; returns (trainable, opt_state).
+
+        Raises:
+            Diverged: on a loss or gradient that is not finite, naming step and clips; the last
+                checkpoint is older than that step.
+            Preempted: after a signal, with the state saved.
+        """
+        pending: collections.deque = collections.deque()
+        progress = Progress(title, total, start)
+        saved = time.monotonic()
+
+        def settle(keep: int) -> None:
+            # Metrics are read a step late, so that the device never waits for the host.
+            while len(pending) > keep:
+                number, metrics, names = pending.popleft()
+                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                bad = [k for k, v in values.items() if not np.isfinite(v)]
+                if bad:
+                    raise Diverged(
+                        f"{title}: {bad[0]} is {values[bad[0]]} at step {number + 1}; the batch "
+                        f"holds clips {', '.join(names[:5])}, ... The last good checkpoint is "
+                        "kept; lower the learning rate and start in a new workdir")
+                if (number + 1) % self.log_every == 0 or number + 1 == total:
+                    self.write(number + 1, values)
+                progress.update(number + 1, values["loss"])
+
+        try:
+            for number in range(start, total):
+                batch = next(batches)
+                names = batch.get("clip_name", batch["clip_id"])
+                position = jnp.asarray([number, total], jnp.int32)
+                device_batch = put_batch({k: batch[k] for k in STEP_KEYS if k in batch}, self.mesh)
+                trainable, opt_state, metrics = self.step(
+                    trainable, opt_state, frozen, aux, mask, device_batch, self.key, position)
+                pending.append((number, metrics, [str(n) for n in names[:5]]))
+                settle(keep=1)
+                due = time.monotonic() - saved > self.save_seconds
+                if due or self.stop():
+                    settle(keep=0)  # never save a state that has not been seen to be finite
+                    self.save(number + 1, trainable, opt_state)
+                    saved = time.monotonic()
+                    if self.stop():
+                        raise Preempted(143)
+            settle(keep=0)
+        finally:
+            progress.close()
+        return trainable, opt_state

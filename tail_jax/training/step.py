@@ -1,0 +1,75 @@
+"""The train step: one compiled program for every task of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tail_jax.training.optimizers import Optimizer
+from tail_jax.training.sharding import by_row, parameter_shardings, replicated
+
+
+@dataclasses.dataclass
+class TrainStep:
+    """`step(trainable, opt_state, frozen, aux, mask, batch, key, position)`.
+
+    Donates `trainable` and `opt_state`; the backbone is an argument, never a constant of the
+    program and never returned. `position` is int32 [2]: step in the task, steps of the task.
+
+    Attributes:
+        function: the jitted step.
+        traces: how often it was traced; more than once a run is a bug.
+    """
+
+    function: Any = None
+    traces: int = 0
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, frozen,
+                    accumulation: int = 1) -> TrainStep:
+    """Builds the jitted step for these trees (arrays or shapes).
+
+    With `accumulation` > 1 the rows pass the towers in that many parts, and again in the backward
+    pass; the loss still sees the whole batch, so gradients equal those of one part.
+    """
+    result = TrainStep()
+
+    def forward(trainable, frozen, aux, batch, key):
+        run = functools.partial(method.forward, model, trainable, frozen, aux)
+        if accumulation == 1:
+            return run(batch, key)
+        # [B, ...] -> [parts, B / parts, ...], rows of a part strided so that each device keeps its
+        # own; recomputed part by part in the backward pass.
+        split = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+        join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        part = jax.checkpoint(lambda args: run(args[0], args[1]))
+        keys = jax.random.split(key, accumulation)
+        return jax.tree.map(join, jax.lax.map(part, (jax.tree.map(split, batch), keys)))
+
+    def step(trainable, opt_state, frozen, aux, mask, batch, key, position):
+        result.traces += 1
+        key = jax.random.fold_in(key, position[0])
+
+        def loss(trainable):
+            outputs = forward(trainable, frozen, aux, batch, key)
+            return method.objective(model, trainable, frozen, aux, outputs, batch)
+
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        trainable, opt_state, norm = optimizer.update(
+            gradients, opt_state, trainable, mask, position[0], position[1])
+        return trainable, opt_state, metrics | {"loss": value, "gradient_norm": norm}
+
+    here, rows = replicated(mesh), by_row(mesh)
+    small = parameter_shardings(trainable, mesh)
+    result.function = jax.jit(
+        step, donate_argnums=(0, 1),
+        in_shardings=(small, None, parameter_shardings(frozen, mesh), None, here, rows, here, here),
+        out_shardings=(small, None, here))
+    return result

@@ -1,0 +1,145 @@
+"""Coupled audio-text prompts: the audio prompts are learned, linear maps make the text prompts.
+
+    T_pre^l = A^l W_pre + b_pre,   T_post^l = A^l W_post + b_post,   A^l [n, d_a], W [d_a, d_t]
+
+One (W_pre, W_post) serves all layers (PTAT's audio-text prompt generation; the structure is the
+linear variant of DGL, AAAI 2024). An audio tower with stages of different width (HTSAT) has one
+pair a stage ('per_stage'), or prompts of the text's width brought to each stage by a linear map
+('common').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+COUPLINGS = ("linear_shared", "per_layer", "independent")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Shape and coupling of the prompts.
+
+    Attributes:
+        length: prompts a layer, n; the text side has n before and n after the words.
+        depth: 'deep' (new prompts at every layer) or 'shallow' (first layer only; ViT towers).
+        first_layer, last_layer: half-open range of audio layers with prompts; 0, 0 means all.
+        coupling: 'linear_shared', 'per_layer' (a pair of maps for each layer) or 'independent'
+            (text prompts of their own).
+        htsat_map: 'per_stage' or 'common' (see the top of the file).
+    """
+
+    length: int = 4
+    depth: str = "deep"
+    first_layer: int = 0
+    last_layer: int = 0
+    coupling: str = "linear_shared"
+    htsat_map: str = "per_stage"
+
+    def __post_init__(self):
+        for name, allowed in (("depth", ("deep", "shallow")), ("coupling", COUPLINGS),
+                              ("htsat_map", ("per_stage", "common"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"prompts.{name} is {getattr(self, name)!r}; expected one of {list(allowed)}")
+        if self.length < 1:
+            raise ValueError(f"prompts.length is {self.length}; expected at least 1")
+
+
+def _plan(config: PromptConfig, model):
+    """[(audio layers with prompts, all layers, width)] per stage, and the text tower's shape."""
+    stages, (text_layers, text_width) = model.audio.layer_widths, model.text.layer_widths[0]
+    total = sum(layers for layers, _ in stages)
+    if config.depth == "shallow":
+        if len(stages) > 1:
+            raise ValueError("prompts.depth 'shallow' needs a ViT audio tower; HTSAT's windows "
+                             "have no common sequence for prompts to flow along")
+        return [(range(0, 1), 1, stages[0][1])], 1, text_width
+    first, last = config.first_layer, config.last_layer or total
+    if not 0 <= first < last <= total:
+        raise ValueError(f"prompts cover layers {first} to {last}; the audio tower has {total}")
+    plan, start = [], 0
+    for layers, width in stages:
+        low, high = (min(max(i - start, 0), layers) for i in (first, last))
+        plan.append((range(low, high), layers, width))
+        start += layers
+    return plan, text_layers, text_width
+
+
+def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
+    """{audio: [per stage [l, n, d]], pre, post: [per stage {w, b}], ...}, float32.
+
+    A ~ U(+-sqrt(6 / (p^2 + d_a))) with the patch size p (VPT's rule), W ~ N(0, 1/d_a), b = 0.
+    """
+    plan, text_layers, text_width = _plan(config, model)
+    common = config.htsat_map == "common" and len(plan) > 1
+    keys = iter(jax.random.split(key, 64))
+    audio = []
+    for rows, _, width in plan:
+        width = text_width if common else width
+        bound = (6 / (model.audio.patch**2 + width)) ** 0.5
+        shape = (len(rows), config.length, width)
+        audio.append(jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound))
+
+    def linear(source, target, layers=()):
+        return {"w": jax.random.normal(next(keys), (*layers, source, target)) * source**-0.5,
+                "b": jnp.zeros((*layers, target))}
+
+    p = {"audio": audio}
+    if common:
+        p["stage"] = {str(s): linear(text_width, width)
+                      for s, (_, _, width) in enumerate(plan) if width != text_width}
+    if config.coupling == "independent":
+        bound = (6 / (model.audio.patch**2 + text_width)) ** 0.5
+        shape = (text_layers, 2 * config.length, text_width)
+        return p | {"text": jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)}
+    for side in ("pre", "post"):
+        if config.coupling == "per_layer":
+            p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio]
+        elif common:
+            p[side] = [linear(text_width, text_width)]
+        else:
+            p[side] = [linear(a.shape[-1], text_width) for a in audio]
+    return p
+
+
+def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
+    """The tuning of both towers: {audio: {prompts, ...}, text: {prompts [L, 2n, d_t], ...}}.
+
+    Text layer l takes its prompts from the audio layer at the same relative depth (the same layer
+    where both towers are equally deep, as in every preset).
+    """
+    plan, text_layers, _ = _plan(config, model)
+    audio, masks, text = [], [], []
+    for s, (rows, layers, _) in enumerate(plan):
+        a = p["audio"][s]
+        spread = lambda x: jnp.zeros((layers,) + x.shape[1:], x.dtype).at[rows.start:rows.stop].set(x)
+        masks.append(jnp.zeros((layers, config.length), bool).at[rows.start:rows.stop].set(True))
+        if config.coupling != "independent":
+            pair = [_linear(a, p[side][s if len(p[side]) > 1 else 0]) for side in ("pre", "post")]
+            text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, 2n, d_t]
+        if str(s) in p.get("stage", {}):
+            a = _linear(a, p["stage"][str(s)])
+        audio.append(spread(a))
+    covered = all(len(rows) == layers for rows, layers, _ in plan)
+    one = len(plan) == 1
+    tuning = {"audio": {"prompts": audio[0] if one else audio}, "text": {}}
+    if config.coupling == "independent":
+        tuning["text"]["prompts"] = p["text"]
+    else:
+        source = jnp.concatenate(text)
+        pick = [l * source.shape[0] // text_layers for l in range(text_layers)]
+        tuning["text"]["prompts"] = source[jnp.asarray(pick)]
+    if not covered:
+        tuning["audio"]["prompts_mask"] = masks[0] if one else masks
+        if config.coupling != "independent":
+            shown = jnp.concatenate(masks)[jnp.asarray(pick)]
+            tuning["text"]["prompts_mask"] = jnp.concatenate([shown, shown], axis=1)
+    return tuning
+
+
+def _linear(x: jax.Array, p: dict) -> jax.Array:
+    """x W + b with one map for all layers, or one a layer (w [l, in, out])."""
+    return x @ p["w"] + (p["b"] if p["w"].ndim == 2 else p["b"][:, None])
