@@ -1,0 +1,83 @@
+"""What a corpus is: clips with captions, in three splits."""
+
+import dataclasses
+import functools
+import pathlib
+import unicodedata
+
+import numpy as np
+
+SPLIT_NAMES = ("train", "valid", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One recording.
+
+    Attributes:
+      id: unique in its split.
+      path: the audio file.
+      captions: one or more sentences that describe it.
+      label: class name, "" where the corpus has no classes.
+      group: id of the source recording, "" where unknown; a group lies in one split.
+    """
+
+    id: str
+    path: pathlib.Path
+    captions: tuple[str, ...]
+    label: str = ""
+    group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The clips of one of the three parts of a corpus (`name` is train, valid or test)."""
+
+    corpus: str
+    name: str
+    clips: tuple[Clip, ...]
+
+    @functools.cached_property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, flat, in clip order; their rows are the `caption_id` of a batch."""
+        return tuple(caption for clip in self.clips for caption in clip.captions)
+
+    @functools.cached_property
+    def caption_clip(self) -> np.ndarray:
+        """int32 [captions], read-only: row in `clips` of the clip that each caption belongs to."""
+        rows = np.repeat(
+            np.arange(len(self.clips), dtype=np.int32),
+            np.array([len(clip.captions) for clip in self.clips], np.int64),
+        )
+        rows.flags.writeable = False
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A named data set with its three splits, any of which may have no clips."""
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+
+
+def normalise_caption(text: str) -> str:
+    """Returns `text` in lower case, without punctuation, with single spaces.
+
+    Captions that agree in this form count as equal in training and in retrieval scores. Punctuation
+    (Unicode category P) parts words, except the apostrophe, which is dropped: `rain,wind` is
+    `rain wind`, `it's` is `its`. Compatibility forms are folded first (NFKC), so that the two ways
+    to write an accented letter are one.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = text.replace("'", "").replace("\u2019", "")
+    return " ".join("".join(" " if unicodedata.category(c)[0] == "P" else c for c in text).split())
+
+
+def caption_keys(captions) -> np.ndarray:
+    """Returns int32 [captions]: equal where, and only where, normalised captions are equal."""
+    numbers: dict[str, int] = {}
+    keys = [numbers.setdefault(normalise_caption(text), len(numbers)) for text in captions]
+    return np.array(keys, np.int32)

@@ -1,0 +1,272 @@
+"""Audio files -> mono float32 waveforms at one sampling rate, in chunks of one length."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import soundfile
+import soxr
+import tqdm
+
+from data_pipelines.corpora import Clip
+from data_pipelines.corpora.folder import listing
+
+_BLOCK_FRAMES = 1 << 18
+# A progress bar only where somebody would begin to wonder.
+PROGRESS_DELAY_SECONDS = 5.0
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message names the file and the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioProblem:
+    """A clip that cannot be used: its row in the list that was checked, and why."""
+
+    row: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioLength:
+    """Length of a file before any conversion: frames (samples of one channel) at a rate in Hz."""
+
+    frames: int
+    rate: int
+
+
+def chunk_starts(num_samples: int, window_samples: int, max_chunks: int) -> tuple[int, ...]:
+    """Returns where the chunks of a clip begin, in samples.
+
+    There are min(max_chunks, ceil(num_samples / window_samples)) chunks, at least one: a single one
+    is the centre of the clip; several are equally spaced, the first at the begin of the clip, the
+    last ending with it. A clip shorter than the window is one chunk, zero-padded at its end by
+    whoever cuts it. Training takes max_chunks = 1.
+    """
+    spare = max(num_samples - window_samples, 0)
+    chunks = max(1, min(max_chunks, math.ceil(num_samples / window_samples)))
+    if chunks == 1:
+        return (spare // 2,)
+    return tuple(i * spare // (chunks - 1) for i in range(chunks))
+
+
+def read_audio(
+    path, sampling_rate: int, offset: float = 0.0, seconds: float | None = None
+) -> np.ndarray:
+    """Returns a file, or `seconds` of it from `offset` on, as float32 mono [samples].
+
+    Channels are averaged; other rates are resampled by soxr at high quality, to
+    ceil(frames * sampling_rate / rate) samples. A part that begins inside the file and passes its
+    end is returned as far as it goes.
+
+    Raises:
+      AudioError: the file is missing, empty or not decodable, has non-finite samples, or ends
+        before `offset`.
+    """
+    with _open(path) as file:
+        start = round(offset * file.samplerate)
+        frames = file.frames - start
+        if frames <= 0:
+            raise AudioError(
+                f"{path}: offset {offset} s is at or after the end, "
+                f"{file.frames / file.samplerate} s"
+            )
+        if seconds is not None:
+            frames = min(frames, round(seconds * file.samplerate))
+        return _resample(_read_part(file, path, start, frames), file.samplerate, sampling_rate)
+
+
+def read_chunk(
+    path,
+    sampling_rate: int,
+    window_samples: int,
+    choose_start: Callable[[int, int], int],
+) -> np.ndarray:
+    """Returns one chunk of a file as float32 [window_samples], zero-padded at the end.
+
+    Args:
+      path: the audio file.
+      sampling_rate: of the result, Hz.
+      window_samples: length of the result.
+      choose_start: (frames of the file, frames of the window) -> first frame, at the file's own
+        rate. Only the chunk is decoded.
+
+    Raises:
+      AudioError: as `read_audio`.
+    """
+    with _open(path) as file:
+        window = _window_frames(file, sampling_rate, window_samples)
+        start = choose_start(file.frames, window)
+        part = _read_part(file, path, start, min(window, file.frames - start))
+        return _fit(_resample(part, file.samplerate, sampling_rate), window_samples)
+
+
+def read_chunks(path, sampling_rate: int, window_samples: int, max_chunks: int) -> np.ndarray:
+    """Returns the chunks of a file, float32 [chunks, window_samples], and checks all of it.
+
+    The same chunks as from `read_chunk`, but the whole file is decoded once, block by block.
+
+    Raises:
+      AudioError: as `read_audio`, and where the file holds less than its header says.
+    """
+    with _open(path) as file:
+        window = _window_frames(file, sampling_rate, window_samples)
+        starts = chunk_starts(file.frames, window, max_chunks)
+        chunks = [np.zeros(min(window, file.frames - start), np.float32) for start in starts]
+        for position, block in _checked_blocks(file, path):
+            for start, chunk in zip(starts, chunks):
+                first = max(start, position)
+                last = min(start + len(chunk), position + len(block))
+                if first < last:
+                    chunk[first - start : last - start] = block[first - position : last - position]
+        return np.stack(
+            [_fit(_resample(c, file.samplerate, sampling_rate), window_samples) for c in chunks]
+        )
+
+
+def count_chunks(
+    length: AudioLength, sampling_rate: int, window_samples: int, max_chunks: int
+) -> int:
+    """Returns how many chunks `read_chunks` makes of a file of this length."""
+    window = round(window_samples / sampling_rate * length.rate)
+    return len(chunk_starts(length.frames, window, max_chunks))
+
+
+def header_length(path) -> AudioLength | None:
+    """Returns the length that the header of a file tells, None where it cannot be read."""
+    try:
+        with _open(path) as file:
+            return AudioLength(file.frames, file.samplerate)
+    except AudioError:
+        return None
+
+
+def measure_audio(
+    clips: Sequence[Clip], num_parallel: int | None = None
+) -> tuple[tuple[AudioLength | None, ...], tuple[AudioProblem, ...]]:
+    """Decodes all of every file, in threads, a block at a time.
+
+    Returns:
+      lengths: of every clip, None for one that cannot be used.
+      problems: the clips that cannot be used, in order.
+    """
+
+    def measure(clip: Clip):
+        try:
+            with _open(clip.path) as file:
+                for _ in _checked_blocks(file, clip.path):
+                    pass
+                return AudioLength(file.frames, file.samplerate), None
+        except AudioError as error:
+            return None, str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(num_parallel or os.cpu_count()) as pool:
+        results = list(progress(pool.map(measure, clips), len(clips), "checking audio"))
+    problems = tuple(
+        AudioProblem(row, message) for row, (_, message) in enumerate(results) if message
+    )
+    return tuple(length for length, _ in results), problems
+
+
+def check_audio(
+    clips: Sequence[Clip], on_error: str = "raise", num_parallel: int | None = None
+) -> tuple[tuple[Clip, ...], tuple[AudioProblem, ...]]:
+    """Decodes every file, and returns the clips that can be used and the problems of the others.
+
+    Args:
+      clips: what to check.
+      on_error: "raise" or "skip".
+      num_parallel: threads; by default one per core.
+
+    Raises:
+      AudioError: with on_error="raise", if a file is missing, empty, not decodable, shorter than
+        its header says, or has samples that are not finite: one error that names all such files
+        (the first 20, and how many more).
+    """
+    _, problems = measure_audio(clips, num_parallel)
+    return usable_clips(clips, problems, on_error), problems
+
+
+def usable_clips(
+    clips: Sequence[Clip], problems: Sequence[AudioProblem], on_error: str
+) -> tuple[Clip, ...]:
+    """Returns the clips without problems; raises as `check_audio` where there are any."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+    if problems and on_error == "raise":
+        raise AudioError(
+            listing(
+                f"{len(problems)} of {len(clips)} audio files cannot be used; repair or remove "
+                "them, or set on_error='skip' to go on without them",
+                [problem.message for problem in problems],
+            )
+        )
+    bad = {problem.row for problem in problems}
+    return tuple(clip for row, clip in enumerate(clips) if row not in bad)
+
+
+def progress(items, total: int, what: str):
+    """Returns `items`, with a progress bar on the terminal if going through them takes long."""
+    return tqdm.tqdm(items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False)
+
+
+@contextlib.contextmanager
+def _open(path):
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames <= 0:
+                raise AudioError(f"{path}: no samples")
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: cannot be decoded: {error.error_string}") from error
+
+
+def _checked_blocks(file: soundfile.SoundFile, path):
+    """Yields (position, mono float32 [frames]) over all of the file."""
+    position = 0
+    while len(block := _read_mono(file, path, _BLOCK_FRAMES)):
+        yield position, block
+        position += len(block)
+    _check_length(path, position, file.frames)
+
+
+def _read_part(file: soundfile.SoundFile, path, start: int, frames: int) -> np.ndarray:
+    file.seek(start)
+    part = _read_mono(file, path, frames)
+    _check_length(path, len(part), frames)
+    return part
+
+
+def _read_mono(file: soundfile.SoundFile, path, frames: int) -> np.ndarray:
+    samples = file.read(frames, dtype="float32", always_2d=True)  # [frames, channels]
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: samples that are not finite (NaN or infinite)")
+    return samples.mean(axis=1)
+
+
+def _check_length(path, found: int, expected: int) -> None:
+    if found != expected:
+        raise AudioError(f"{path}: truncated, {found} of {expected} samples can be decoded")
+
+
+def _window_frames(file: soundfile.SoundFile, sampling_rate: int, window_samples: int) -> int:
+    return round(window_samples / sampling_rate * file.samplerate)
+
+
+def _resample(samples: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
+    if rate == sampling_rate:
+        return samples
+    expected = -(-len(samples) * sampling_rate // rate)
+    return _fit(soxr.resample(samples, rate, sampling_rate, quality="HQ"), expected)
+
+
+def _fit(samples: np.ndarray, length: int) -> np.ndarray:
+    """Returns `samples` cut or zero-padded at the end to [length]."""
+    return np.pad(samples[:length], (0, max(length - len(samples), 0)))

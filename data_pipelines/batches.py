@@ -1,0 +1,437 @@
+"""A split -> batches of NumPy arrays: training pairs, evaluation clips, evaluation captions."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from data_pipelines import load_tensorflow
+from data_pipelines.audio import (
+    AudioProblem,
+    chunk_starts,
+    header_length,
+    read_chunk,
+    usable_clips,
+)
+from data_pipelines.augment import SpecAugment, crop_start, spec_augment
+from data_pipelines.corpora import Split, caption_keys
+from data_pipelines.features import ChunkPolicy, FeatureCache
+from data_pipelines.log_mel import LogMelSettings, log_mel
+from data_pipelines.text import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+_ENDLESS = np.iinfo(np.int64).max
+_PREFETCHED_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """How clips and captions become arrays.
+
+    Attributes:
+      log_mel: the front end.
+      window_seconds: length of the audio of a row; shorter clips are zero-padded at the end.
+      max_tokens: length of a row of tokens, begin and end included.
+      max_chunks: most rows of a clip in evaluation.
+      cache_dir: folder for features and audio checks; None computes features for each batch.
+      cache_bytes: largest feature file of one split; a larger split computes features for each
+        batch.
+      on_error: "raise" or "skip" clips whose audio cannot be used.
+      crop: training takes the "center" of clips longer than the window, or a "random" part, which
+        is computed for each batch.
+      spec_augment: masks on training audio, or None.
+      num_parallel: clips read at once; None is one per core.
+    """
+
+    log_mel: LogMelSettings = LogMelSettings()
+    window_seconds: float = 10.0
+    max_tokens: int = 64
+    max_chunks: int = 3
+    cache_dir: str | None = None
+    cache_bytes: int = 4 << 30
+    on_error: str = "raise"
+    crop: str = "center"
+    spec_augment: SpecAugment | None = None
+    num_parallel: int | None = None
+
+    def __post_init__(self):
+        for name, expected in {"crop": ("center", "random"), "on_error": ("raise", "skip")}.items():
+            if getattr(self, name) not in expected:
+                found = getattr(self, name)
+                raise ValueError(f"data.{name} is {found!r}, expected one of {expected}")
+        if self.max_chunks < 1:
+            raise ValueError(f"data.max_chunks is {self.max_chunks}, expected 1 or more")
+        self.log_mel.num_frames(self.window_samples)
+
+    @property
+    def window_samples(self) -> int:
+        """Length of the audio of a row, in samples."""
+        return round(self.window_seconds * self.log_mel.sampling_rate)
+
+    @property
+    def audio_shape(self) -> tuple[int, int]:
+        """(frames, mels) of a row of audio."""
+        return self.policy(1).row_shape
+
+    def policy(self, max_chunks: int) -> ChunkPolicy:
+        """Returns the rule that makes at most `max_chunks` rows of a clip."""
+        return ChunkPolicy(self.log_mel, self.window_samples, max_chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AudioRows:
+    """Rows of audio: of which clip, which of its chunks, and the features if they are kept."""
+
+    clip: np.ndarray  # int32 [rows], row in the clips of the reader
+    chunk: np.ndarray  # int32 [rows]
+    values: np.ndarray | None  # float32 [rows, frames, mels]
+
+
+class SplitReader:
+    """Batches of one split.
+
+    Making one encodes the captions, and decodes every clip once (features are computed in the same
+    pass, where they are kept); a second reader of the same files finds both on disk.
+
+    Attributes:
+      split: the clips that can be used; the `clip_id` of a batch is a row of `split.clips`, the
+        `caption_id` a row of `split.captions`.
+      problems: clips left out with on_error="skip", as rows of the split that was given.
+      pairs: int32 [pairs, 2], (clip row, caption row) of every caption.
+      token_ids, token_mask: int32 and bool [captions, tokens].
+      caption_key: int32 [captions], equal where and only where normalised captions are equal.
+
+    Raises:
+      AudioError: with on_error="raise", one error that names all files that cannot be used.
+      ValueError: the split has no clips, or none that can be used.
+    """
+
+    def __init__(self, split: Split, tokenizer: Tokenizer, settings: DataSettings):
+        self.settings = settings
+        self._given = split
+        if not split.clips:
+            raise ValueError(
+                f"corpus '{split.corpus}': split '{split.name}' has no clips; expected at least one"
+            )
+        self._cache = FeatureCache(
+            settings.cache_dir, settings.cache_bytes, settings.num_parallel
+        )
+        self._random_crop = settings.crop == "random" and self._any_clip_exceeds_window()
+        # The rows that this split will be read by, so that one pass decides what can be used.
+        self._train_key = (1, not self._random_crop)
+        self._evaluation_key = (settings.max_chunks, True)
+        first = self._train_key if split.name == "train" else self._evaluation_key
+        rows, self.problems = self._read_rows(*first)
+        kept = usable_clips(split.clips, self.problems, settings.on_error)
+        if not kept:
+            raise ValueError(
+                f"corpus '{split.corpus}': none of the {len(split.clips)} clips of split "
+                f"'{split.name}' can be used; the first: {self.problems[0].message}"
+            )
+        self.split = dataclasses.replace(split, clips=kept)
+        self._rows_of = {first: self._renumber(rows)}
+        self.token_ids, self.token_mask = tokenizer.encode(self.split.captions, settings.max_tokens)
+        self.caption_key = caption_keys(self.split.captions)
+        self.pairs = np.stack(
+            [self.split.caption_clip, np.arange(len(self.split.captions), dtype=np.int32)], axis=1
+        )
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Returns the number of batches that hold every pair once, the last one padded."""
+        return _ceil_divide(len(self.pairs), batch_size)
+
+    def train_batches(
+        self,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        host_index: int = 0,
+        host_count: int = 1,
+    ) -> Iterator[Batch]:
+        """Yields training batches without end, one (clip, caption) pair per row.
+
+        Epoch e goes through all pairs in the order of a permutation drawn from (seed, e). A batch
+        is a function of the arguments and of its step alone: what is yielded first is batch
+        `start_step` of an iterator that began at 0.
+
+        Args:
+          batch_size: rows of the global batch.
+          seed: of order, crops and masks.
+          start_step: steps done before.
+          host_index, host_count: this host gets rows [i B/H, (i + 1) B/H) of each global batch.
+
+        Yields:
+          audio [B/H, frames, mels] float32; token_ids [B/H, tokens] int32; token_mask bool;
+          clip_id, caption_id, caption_key [B/H] int32; mask [B/H] bool, False on the rows that
+          fill the last batch of an epoch, which are zero in all arrays. Arrays are read-only.
+        """
+        if batch_size < 1 or host_count < 1 or batch_size % host_count:
+            raise ValueError(
+                f"batch_size {batch_size} on {host_count} hosts: expected a positive multiple of "
+                "the number of hosts"
+            )
+        if not 0 <= host_index < host_count or start_step < 0 or seed < 0:
+            raise ValueError(
+                f"host_index {host_index} of {host_count}, start_step {start_step}, seed {seed}: "
+                "expected 0 <= host_index < host_count and start_step, seed >= 0"
+            )
+        settings = self.settings
+        local = batch_size // host_count
+        steps_per_epoch = self.steps_per_epoch(batch_size)
+        rows = self._rows(self._train_key)
+
+        def place(step: int) -> tuple[int, np.ndarray, np.ndarray]:
+            """Returns epoch, pairs [local] (0 on padding) and mask [local]."""
+            epoch, index = divmod(int(step), steps_per_epoch)
+            first = index * batch_size + host_index * local
+            chosen = _permutation(seed, epoch, len(self.pairs))[first : first + local]
+            mask = np.arange(local) < len(chosen)
+            return epoch, np.pad(chosen, (0, local - len(chosen))), mask
+
+        def fields(step: int) -> Batch:
+            _, pairs, mask = place(step)
+            clip, caption = self.pairs[pairs].T
+            return _masked(mask, clip_id=clip, caption_id=caption, **self._text(caption))
+
+        def locate(slot: int) -> tuple[int, Callable[[int, int], int]] | None:
+            step, i = divmod(int(slot), local)
+            epoch, pairs, mask = place(step)
+            if not mask[i]:
+                return None
+            pair = int(pairs[i])
+            if settings.crop == "random":
+                return int(self.pairs[pair, 0]), functools.partial(
+                    crop_start, seed=seed, epoch=epoch, pair=pair
+                )
+            return int(self.pairs[pair, 0]), _chunk_chooser(1, 0)
+
+        def gather(step: int) -> np.ndarray:
+            _, pairs, mask = place(step)
+            # One row per clip here, so the row of a clip is its number.
+            return _masked(mask, audio=rows.values[self.pairs[pairs, 0]])["audio"]
+
+        def augment(step: int, audio: np.ndarray) -> np.ndarray:
+            epoch, pairs, mask = place(step)
+            masked = spec_augment(audio[mask], settings.spec_augment, seed, epoch, pairs[mask])
+            return np.concatenate([masked, audio[~mask]])
+
+        return self._batches(
+            range(start_step, _ENDLESS // batch_size),
+            local,
+            fields,
+            gather if rows.values is not None else None,
+            locate,
+            augment if settings.spec_augment is not None else None,
+        )
+
+    def audio_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields the audio of every clip for evaluation: one row per chunk, in clip order.
+
+        Yields:
+          audio [B, frames, mels] float32; clip_id [B] int32; mask [B] bool, False on the rows that
+          fill the last batch. The embedding of a clip is the mean over its rows.
+        """
+        _check_batch_size(batch_size)
+        rows = self._rows(self._evaluation_key)
+        total = len(rows.clip)
+
+        def place(step: int) -> tuple[np.ndarray, np.ndarray]:
+            return _slots(int(step), batch_size, total)
+
+        def fields(step: int) -> Batch:
+            row, mask = place(step)
+            return _masked(mask, clip_id=rows.clip[row])
+
+        def locate(slot: int) -> tuple[int, Callable[[int, int], int]] | None:
+            if slot >= total:
+                return None
+            chooser = _chunk_chooser(self.settings.max_chunks, int(rows.chunk[slot]))
+            return int(rows.clip[slot]), chooser
+
+        def gather(step: int) -> np.ndarray:
+            row, mask = place(step)
+            return _masked(mask, audio=rows.values[row])["audio"]
+
+        return self._batches(
+            range(_ceil_divide(total, batch_size)),
+            batch_size,
+            fields,
+            gather if rows.values is not None else None,
+            locate,
+        )
+
+    def text_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields every caption once, in order.
+
+        Yields:
+          token_ids, token_mask [B, tokens]; caption_id, caption_key [B] int32; mask [B] bool, False
+          on the rows that fill the last batch.
+        """
+        _check_batch_size(batch_size)
+        total = len(self.split.captions)
+        # Slices of arrays in memory: tf.data would only add threads and copies.
+        for step in range(_ceil_divide(total, batch_size)):
+            caption, mask = _slots(step, batch_size, total)
+            yield _masked(mask, caption_id=caption, **self._text(caption))
+
+    def _text(self, caption: np.ndarray) -> Batch:
+        return {
+            "token_ids": self.token_ids[caption],
+            "token_mask": self.token_mask[caption],
+            "caption_key": self.caption_key[caption],
+        }
+
+    def _any_clip_exceeds_window(self) -> bool:
+        policy = self.settings.policy(2)
+        lengths = (header_length(clip.path) for clip in self._given.clips)
+        return any(policy.count(length) > 1 for length in lengths if length)
+
+    def _rows(self, key: tuple[int, bool]) -> _AudioRows:
+        if key not in self._rows_of:
+            rows, problems = self._read_rows(*key)
+            if {problem.row for problem in problems} != {problem.row for problem in self.problems}:
+                raise ValueError(
+                    f"corpus '{self.split.corpus}': audio of split '{self.split.name}' changed "
+                    f"while in use; files that cannot be read: {len(self.problems)} before, "
+                    f"{len(problems)} now"
+                )
+            self._rows_of[key] = self._renumber(rows)
+        return self._rows_of[key]
+
+    def _read_rows(
+        self, max_chunks: int, keep: bool
+    ) -> tuple[_AudioRows, tuple[AudioProblem, ...]]:
+        """Returns the rows of the clips that were given, and which of these cannot be used."""
+        clips, policy = self._given.clips, self.settings.policy(max_chunks)
+        features = self._cache.features(clips, policy) if keep else None
+        if features is not None:
+            clip, values, problems = features.rows_clip, features.values, features.problems
+        else:
+            lengths, problems = self._cache.check(clips)
+            counts = [policy.count(length) if length else 0 for length in lengths]
+            clip, values = np.repeat(np.arange(len(clips), dtype=np.int32), counts), None
+        chunk = (np.arange(len(clip)) - np.searchsorted(clip, clip)).astype(np.int32)
+        return _AudioRows(clip, chunk, values), problems
+
+    def _renumber(self, rows: _AudioRows) -> _AudioRows:
+        """Returns rows that number the clips in use instead of those that were given."""
+        used = np.ones(len(self._given.clips), bool)
+        used[[problem.row for problem in self.problems]] = False
+        number = np.cumsum(used, dtype=np.int32) - np.int32(1)
+        return dataclasses.replace(rows, clip=number[rows.clip])
+
+    def _batches(
+        self,
+        steps: range,
+        size: int,
+        fields: Callable[[int], Batch],
+        gather: Callable[[int], np.ndarray] | None,
+        locate: Callable[[int], tuple[int, Callable[[int, int], int]] | None],
+        augment: Callable[[int, np.ndarray], np.ndarray] | None = None,
+    ) -> Iterator[Batch]:
+        """Yields the batches of `steps`, the audio through tf.data.
+
+        Args:
+          steps: numbers of the batches.
+          size: rows of a batch.
+          fields: step -> all but the audio.
+          gather: step -> audio [size, frames, mels], where features are kept.
+          locate: row number over all steps -> (clip, first frame chooser), None on padding.
+          augment: (step, audio) -> audio.
+        """
+        tf = load_tensorflow()
+        settings = self.settings
+        parallel = settings.num_parallel or tf.data.AUTOTUNE
+
+        def read(slot):
+            found = locate(slot)
+            if found is None:
+                return np.zeros([settings.window_samples], np.float32), np.float32(0)
+            clip, choose_start = found
+            waveform = read_chunk(
+                self.split.clips[clip].path,
+                settings.log_mel.sampling_rate,
+                settings.window_samples,
+                choose_start,
+            )
+            return waveform, np.float32(1)
+
+        def compute(slot):
+            waveform, valid = tf.numpy_function(read, [slot], (tf.float32, tf.float32))
+            waveform = tf.ensure_shape(waveform, [settings.window_samples])
+            return log_mel(waveform, settings.log_mel) * valid
+
+        numbers = tf.data.Dataset.range(steps.start, steps.stop)
+        if gather is not None:
+            audio = numbers.map(lambda step: tf.numpy_function(gather, [step], tf.float32))
+        else:
+            slots = tf.data.Dataset.range(steps.start * size, steps.stop * size)
+            audio = slots.map(compute, num_parallel_calls=parallel, deterministic=True).batch(size)
+        if augment is not None:
+            audio = tf.data.Dataset.zip(numbers, audio).map(
+                lambda *inputs: tf.numpy_function(augment, inputs, tf.float32)
+            )
+        audio = audio.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
+        for step, values in enumerate(audio, steps.start):
+            yield {"audio": values, **fields(step)}
+
+
+def merge_splits(splits: Sequence[Split]) -> Split:
+    """Returns one split with the clips of all, for training on all tasks jointly.
+
+    Ids and groups are prefixed by the corpus (`esc10/audio/1.flac`), so that they stay unique.
+
+    Raises:
+      ValueError: no splits, splits of different names, or two of one corpus.
+    """
+    corpora = [split.corpus for split in splits]
+    names = {split.name for split in splits}
+    if len(names) != 1 or len(set(corpora)) != len(corpora):
+        found = ", ".join(f"{split.corpus}/{split.name}" for split in splits) or "nothing"
+        raise ValueError(f"cannot merge {found}; expected one split each of different corpora")
+    clips = tuple(
+        dataclasses.replace(
+            clip,
+            id=f"{split.corpus}/{clip.id}",
+            group=f"{split.corpus}/{clip.group}" if clip.group else "",
+        )
+        for split in splits
+        for clip in split.clips
+    )
+    return Split("+".join(corpora), names.pop(), clips)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(length)
+
+
+def _slots(step: int, batch_size: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows [batch] of batch `step` in order, 0 on padding, and mask [batch]."""
+    row = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int32)
+    mask = row < total
+    return row * mask, mask
+
+
+def _masked(mask: np.ndarray, **arrays: np.ndarray) -> Batch:
+    """Returns the arrays with zeros where `mask` [batch] is False, and the mask."""
+    if not mask.all():
+        for name, array in arrays.items():
+            arrays[name] = array.copy()
+            arrays[name][~mask] = 0
+    return {**arrays, "mask": mask}
+
+
+def _chunk_chooser(max_chunks: int, chunk: int) -> Callable[[int, int], int]:
+    return lambda frames, window: chunk_starts(frames, window, max_chunks)[chunk]
+
+
+def _ceil_divide(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")

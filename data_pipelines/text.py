@@ -1,0 +1,135 @@
+"""Captions -> token ids, around the `tokenizers` library."""
+
+import functools
+import hashlib
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+
+# RoBERTa's order: models copied from it expect these ids.
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+_ROLES = {"begin": ("<s>", "[CLS]"), "pad": ("<pad>", "[PAD]"), "end": ("</s>", "[SEP]")}
+_BYTES = 256
+
+
+class Tokenizer:
+    """Texts -> `<s> ... </s>` in rows of one length.
+
+    Built by `train` or `load`. Attributes: `begin_id`, `end_id`, `pad_id`.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source: str = "tokenizer"):
+        # Both may be stored in a file; `encode` alone decides on them.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A caption that holds the letters '</s>' is text, not the end of the text.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        ids = {}
+        for role, names in _ROLES.items():
+            found = [tokenizer.token_to_id(name) for name in names]
+            found = [token for token in found if token is not None]
+            if not found:
+                raise ValueError(
+                    f"{source}: the vocabulary has no {role} token; expected {' or '.join(names)}"
+                )
+            ids[role] = found[0]
+        self.begin_id, self.pad_id, self.end_id = ids["begin"], ids["pad"], ids["end"]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns a byte-level BPE of lower-case text.
+
+        The same texts in the same order give the same tokenizer. The vocabulary is smaller than
+        `vocab_size` where the texts have not enough pairs to merge. Special tokens are RoBERTa's:
+        <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4. Every text can be encoded, whatever its script.
+
+        Raises:
+          ValueError: no texts, or a vocabulary too small for the 256 bytes and special tokens.
+        """
+        smallest = _BYTES + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size is {vocab_size}, expected at least {smallest}")
+        texts = list(texts)
+        if not texts:
+            raise ValueError("no texts to train a tokenizer on; expected the captions of a split")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            # All bytes, seen or not: else a new letter would be unknown for ever.
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        """Reads a `tokenizer.json`, of this project or of RoBERTa's or BERT's kind.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not a tokenizer, or one without begin, end and padding tokens.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer file '{path}' does not exist")
+        try:
+            # The library raises bare Exception.
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
+        return cls(tokenizer, str(path))
+
+    def save(self, path) -> None:
+        """Writes a `tokenizer.json`."""
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        aside.write_text(self._json, encoding="utf-8")
+        os.replace(aside, path)
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts, cut to `max_tokens` with the end token kept, padded to `max_tokens`.
+
+        Returns:
+          ids: int32 [texts, max_tokens].
+          mask: bool [texts, max_tokens], False on padding.
+
+        Raises:
+          ValueError: `max_tokens` leaves no room for a token between begin and end.
+        """
+        if max_tokens < 3:
+            raise ValueError(f"max_tokens is {max_tokens}, expected at least 3")
+        ids = np.full([len(texts), max_tokens], self.pad_id, np.int32)
+        mask = np.zeros([len(texts), max_tokens], bool)
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for row, encoding in enumerate(encodings):
+            tokens = [self.begin_id, *encoding.ids[: max_tokens - 2], self.end_id]
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        return ids, mask
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included: one more than the largest id."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of all that decides how a text is encoded, hex."""
+        return hashlib.sha256(self._json.encode("utf-8")).hexdigest()
+
+    @property
+    def _json(self) -> str:
+        return self._tokenizer.to_str(pretty=True)
