@@ -1,0 +1,1 @@
+"""Numbers from embeddings (`retrieval`) and from result matrices (`continual`)."""
