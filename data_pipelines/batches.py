@@ -226,15 +226,26 @@ class SplitReader:
             augment if settings.spec_augment is not None else None,
         )
 
-    def audio_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields the audio of every clip for evaluation: one row per chunk, in clip order.
+    @property
+    def fixed_inputs(self) -> bool:
+        """Whether training sees every clip the same way each time: no random crops, no masks."""
+        return not self._random_crop and self.settings.spec_augment is None
+
+    def audio_batches(self, batch_size: int, training: bool = False) -> Iterator[Batch]:
+        """Yields the audio of every clip: one row per chunk, in clip order.
+
+        Args:
+          batch_size: rows of a batch.
+          training: yield the one chunk of a clip that training sees (fixed inputs only) instead of
+            the chunks of evaluation.
 
         Yields:
           audio [B, frames, mels] float32; clip_id [B] int32; mask [B] bool, False on the rows that
           fill the last batch. The embedding of a clip is the mean over its rows.
         """
         _check_batch_size(batch_size)
-        rows = self._rows(self._evaluation_key)
+        key = self._train_key if training else self._evaluation_key
+        rows = self._rows(key)
         total = len(rows.clip)
 
         def place(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +258,7 @@ class SplitReader:
         def locate(slot: int) -> tuple[int, Callable[[int, int], int]] | None:
             if slot >= total:
                 return None
-            chooser = _chunk_chooser(self.settings.max_chunks, int(rows.chunk[slot]))
+            chooser = _chunk_chooser(key[0], int(rows.chunk[slot]))
             return int(rows.clip[slot]), chooser
 
         def gather(step: int) -> np.ndarray:

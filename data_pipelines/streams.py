@@ -5,10 +5,10 @@ import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from data_pipelines.corpora import SPLIT_NAMES, Corpus, Split
+from data_pipelines.corpora import SPLIT_NAMES, Corpus, Split, scenes
 from data_pipelines.corpora.folder import read_folder
 
-_STREAM_KEYS = ("kind", "name", "root", "tasks", "order", "limit")
+_STREAM_KEYS = ("kind", "name", "root", "tasks", "scenes", "order", "limit")
 _TASK_KEYS = ("name", "folder", "labels")
 
 
@@ -24,11 +24,14 @@ def build_stream(spec: Mapping) -> Stream:
     """Builds a stream from its description (a dict, or a ConfigDict).
 
     Keys of `spec`:
-      kind: "folders", caption folders on disk.
+      kind: "folders", caption folders on disk, or "embedded", the synthetic corpora of
+        `corpora.scenes`, generated where they are not yet.
       name: of the stream; by default the kind.
       root: folder that the folders of the tasks are relative to; by default the working directory.
+        For "embedded", where the corpora are generated.
       tasks: list of {name, folder, labels}; `name` defaults to the name of the folder, `labels`
-        keeps only clips with these labels (default: all).
+        keeps only clips with these labels (default: all). For "embedded", a list of {name}.
+      scenes: settings of the embedded corpora (`scenes.SceneSettings`) that are not the default.
       order: names of the tasks in another order; empty keeps the order of the list.
       limit: most clips of a split, 0 for all. The subset depends on the ids of the clips alone,
         and a smaller one is part of a larger one.
@@ -76,7 +79,18 @@ def _folder_corpora(spec: Mapping) -> list[Corpus]:
     return corpora
 
 
-_KINDS = {"folders": _folder_corpora}
+def _embedded_corpora(spec: Mapping) -> list[Corpus]:
+    given = dict(spec.get("scenes") or {})
+    for name in (scenes.BASE, *scenes.STREAM):
+        if name in given:
+            default = getattr(scenes.SceneSettings(), name)
+            given[name] = dataclasses.replace(default, **given[name])
+    names = [task["name"] for task in spec.get("tasks") or ()]
+    folders = scenes.generate(spec.get("root") or ".", scenes.SceneSettings(**given), names)
+    return [read_folder(folders[name], name) for name in names]
+
+
+_KINDS = {"folders": _folder_corpora, "embedded": _embedded_corpora}
 
 
 def _check_keys(where: str, spec: Mapping, known: Sequence[str]) -> None:

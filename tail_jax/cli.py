@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any, Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 
@@ -37,6 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
         return rest
 
     def guarded(_):
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
         try:
             return main()
         except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:

@@ -82,7 +82,7 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
         return {k: names(v) for k, v in node.items()} if isinstance(node, dict) else node
 
     leaves = jax.tree_util.tree_leaves_with_path(names(tree))
-    return {leaf_name(path): np.ascontiguousarray(leaf) for path, leaf in leaves}
+    return {leaf_name(path): np.asarray(leaf, order="C") for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, np.ndarray]) -> dict:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.training.optimizers import Optimizer
 from tail_jax.training.sharding import by_row, parameter_shardings, replicated
+from tail_jax.tuning.masks import leaf_name
 
 
 @dataclasses.dataclass
@@ -30,6 +32,17 @@ class TrainStep:
 
     def __call__(self, *args):
         return self.function(*args)
+
+
+def cast_frozen(frozen, dtype: str):
+    """The towers of a frozen tree in `dtype`, the type they compute in; statistics stay float32."""
+
+    def cast(path, leaf):
+        name = leaf_name(path)
+        tower = name.startswith(("audio/", "text/")) and name.rsplit("/", 1)[-1] not in BUFFERS
+        return leaf.astype(dtype) if tower else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, frozen)
 
 
 def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, frozen,

@@ -1,0 +1,57 @@
+"""Settings that experiments share. A file of this folder is one experiment; `get_config` makes it."""
+
+import dataclasses
+
+from ml_collections import ConfigDict, config_dict
+
+from data_pipelines.batches import DataSettings
+from data_pipelines.log_mel import LogMelSettings
+from tail_jax import methods
+from tail_jax.models.presets import preset
+from tail_jax.training.optimizers import OptimizerConfig
+
+# 16 kHz, 128 frames of 20 ms, 32 bands: what the mini presets take.
+MINI_LOG_MEL = LogMelSettings(sampling_rate=16000, n_fft=640, hop_length=320, n_mels=32, fmin=50.0,
+                              fmax=8000.0)
+CLAP_LOG_MEL = LogMelSettings(fmin=50.0, fmax=14000.0)
+
+
+def parse(arg: str | None, **defaults) -> dict:
+    """'method=ptat,seed=1' -> a dict with the types of the defaults.
+
+    Raises:
+        ValueError: on anything that is not key=value with a known key.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in defaults:
+            raise ValueError(f"config argument {part!r}; expected key=value with a key of "
+                             f"{', '.join(defaults)}")
+        values[key] = type(defaults[key])(value)
+    return values
+
+
+def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
+                window_seconds: float, max_tokens: int) -> ConfigDict:
+    """The fields of every experiment, with the defaults of the specification."""
+    data = dataclasses.asdict(DataSettings(
+        log_mel=log_mel, window_seconds=window_seconds, max_tokens=max_tokens,
+        cache_dir="runs/cache"))
+    data["root"] = "runs/cache"
+    data["num_parallel"] = config_dict.placeholder(int)
+    data["spec_augment"] = config_dict.placeholder(dict)
+    return ConfigDict({
+        "seed": seed,
+        "model": preset(model).to_dict(),
+        "backbone": {"kind": "pretrain", "path": "", "pretrain": {}},
+        "method": methods.defaults(method),
+        "data": data,
+        "stream": {"kind": "folders", "name": "", "tasks": (), "scenes": {}, "order": (),
+                   "limit": 0},
+        "optimizer": dataclasses.asdict(OptimizerConfig()),
+        "train": {"duration": "10 epochs", "batch_size": 128, "accumulation": 1, "log_every": 10,
+                  "save_seconds": 300.0, "cache_teacher": True},
+        "eval": {"split": "test", "batch_size": 256},
+        "mesh": {"data": -1, "model": 1},
+    })

@@ -1,0 +1,32 @@
+"""Contrastive pretraining of a mini backbone from scratch, on the embedded base corpus.
+
+    python -m tail_jax.train --config=configs/pretrain.py:model=mini-htsat,seed=0 --workdir=DIR
+
+The backbone lies in DIR/backbone afterwards. Other experiments do this by themselves.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg=None) -> ConfigDict:
+    args = common.parse(arg, model="mini-htsat", seed=0)
+    config = common.base_config("sequential", args["seed"], args["model"], common.MINI_LOG_MEL,
+                                window_seconds=2.55, max_tokens=32)
+    config.stream.scenes = ConfigDict({"seconds": 2.55})
+    config.backbone = {"kind": "random", "path": "", "pretrain": {}}
+    config.method.learning_rate = 1e-3
+    config.method.weight_decay = 0.05
+    config.stream.kind = "embedded"
+    config.stream.name = "embedded-base"
+    config.stream.tasks = ({"name": "base"},)
+    config.train.duration = "10 epochs"
+    config.train.batch_size = 64
+    return config
+
+
+def embed(config: ConfigDict) -> ConfigDict:
+    """What `config.backbone.pretrain` holds: the pretraining for the model and front end of `config`."""
+    own = get_config()
+    return ConfigDict({k: own[k] for k in ("seed", "method", "stream", "optimizer", "train")})

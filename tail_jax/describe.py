@@ -1,0 +1,128 @@
+"""What a configuration would train, and what a step of it costs; needs no data and no weights.
+
+    python -m tail_jax.describe --config=configs/tail_clap.py [--json=FILE]
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from tail_jax import cli, methods, settings
+from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
+from tail_jax.reporting.writers import write_json_atomic
+from tail_jax.training import sharding
+from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
+from tail_jax.training.step import cast_frozen, make_train_step
+from tail_jax.tuning.masks import count, leaf_name
+
+# PTAT's budget: at most this share of what full fine-tuning trains (abstract of arXiv 2503.04258).
+PTAT_SHARE = 0.0242
+
+
+def describe(config: dict) -> dict:
+    """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts)."""
+    model, method = DualEncoder.from_dict(config["model"]), methods.build(config["method"])
+    mesh = sharding.make_mesh(**config["mesh"])
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(lambda p: method.begin_task(
+        method.init(jax.random.key(0), model, p), 0), params)
+    frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
+    trainable = state["trainable"]
+    total = count(params, BUFFERS)
+    report = {
+        "method": config["method"]["name"],
+        "parameters": {group: count(tree, BUFFERS) for group, tree in params.items()},
+        "total_parameters": total,
+        "trainable": {group: count(tree, BUFFERS) for group, tree in trainable.items()},
+        "trainable_parameters": count(trainable, BUFFERS),
+        "trainable_share": count(trainable, BUFFERS) / total,
+        "bytes": {"frozen": _bytes(frozen), "trainable": _bytes(trainable),
+                  "teacher_and_statistics": _bytes(state["aux"])},
+        "mesh": dict(mesh.shape), "devices": jax.device_count(),
+        "shardings": _shardings(frozen, mesh) | _shardings(trainable, mesh),
+    }
+    if not method.trains:
+        return report
+    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), method, trainable)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    report["bytes"]["optimizer"] = _bytes(opt_state)
+    step = make_train_step(model, method, optimizer, mesh, trainable, frozen,
+                           config["train"]["accumulation"])
+    lowered = step.function.lower(
+        trainable, opt_state, frozen, state["aux"],
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.bool_), trainable),
+        batch_shapes(config, model, method), jax.eval_shape(lambda: jax.random.key(0)),
+        jax.ShapeDtypeStruct((2,), jnp.int32))
+    report["flops_per_step"] = lowered.cost_analysis()["flops"]
+    report["batch_size"] = config["train"]["batch_size"]
+    return report
+
+
+def batch_shapes(config: dict, model, method) -> dict:
+    """Shapes of a training batch as the step takes it."""
+    rows, shape = config["train"]["batch_size"], jax.ShapeDtypeStruct
+    batch = model.input_shapes(rows, config["data"]["max_tokens"])
+    batch |= {name: shape((rows,), jnp.int32) for name in ("clip_id", "caption_key")}
+    batch["mask"] = shape((rows,), jnp.bool_)
+    if method.has_teacher and config["train"]["cache_teacher"]:
+        batch |= {f"teacher_{side}": shape((rows, model.embedding), jnp.float32)
+                  for side in ("audio", "text")}
+    return batch
+
+
+def _bytes(tree) -> int:
+    return int(sum(np.prod(x.shape, dtype=np.int64) * x.dtype.itemsize
+                   for x in jax.tree.leaves(tree)))
+
+
+def _shardings(tree, mesh) -> dict[str, str]:
+    """{spec: number of leaves split that way}, of leaves that are split at all."""
+    specs: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+            sharding.parameter_shardings(tree, mesh)):
+        if any(leaf.spec):
+            specs[leaf_name(path)] = str(leaf.spec)
+    return specs
+
+
+def text(report: dict) -> str:
+    """The report for a terminal."""
+    line = lambda name, value: f"{name:<32}{value:>16,}"
+    share = report["trainable_share"]
+    lines = [f"method {report['method']}, {report['devices']} device(s), mesh {report['mesh']}", "",
+             *(line(f"parameters: {k}", v) for k, v in report["parameters"].items()),
+             line("parameters: total", report["total_parameters"]), "",
+             *(line(f"trainable: {k}", v) for k, v in report["trainable"].items()),
+             line("trainable: total", report["trainable_parameters"]),
+             f"trainable share                 {100 * share:>15.3f}%"]
+    if report["method"] == "ptat":
+        verdict = "within" if share <= PTAT_SHARE else "ABOVE"
+        lines.append(f"  {verdict} PTAT's budget of {100 * PTAT_SHARE:.2f} % of the parameters")
+    lines += ["", *(line(f"bytes: {k}", v) for k, v in report["bytes"].items())]
+    if "flops_per_step" in report:
+        lines.append(f"{'FLOPs a step':<32}{report['flops_per_step']:>16.3e}   "
+                     f"(batch {report['batch_size']})")
+    split = len(report["shardings"])
+    lines.append(f"{split} leaves are split over the mesh by name, the rest is on every device")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    report = describe(cli.plain(CONFIG.value))
+    print(text(report))
+    if JSON.value:
+        write_json_atomic(pathlib.Path(JSON.value), report)
+
+
+CONFIG = cli.define_config()
+JSON = flags.DEFINE_string("json", None, "Write the report to this file, too.")
+flags.mark_flag_as_required("config")
+
+if __name__ == "__main__":
+    cli.run(main)
