@@ -85,7 +85,7 @@ def plot_matrices(groups: Groups, metric: str, path: str | os.PathLike) -> None:
             image = panel.imshow(rows, cmap=colors, vmin=0, vmax=top, aspect="auto")
             for m, j in itertools.product(range(size + 1), range(size)):
                 if not math.isnan(rows[m][j]):
-                    color = "white" if rows[m][j] > 0.55 * top else "black"
+                    color = "white" if rows[m][j] > 0.65 * top else "black"
                     text = f"{rows[m][j]:.1f}"
                     panel.text(j, m, text, color=color, fontsize=font_size, **_CENTRED)
             if any(value is not None for row in matrices[method][:-1] for value in row):
@@ -126,7 +126,6 @@ def plot_curves(groups: Groups, metric: str, path: str | os.PathLike) -> None:
 
     tasks = _tasks(groups)
     steps = range(1, len(tasks) + 1)
-    band = "; bands: 95 % intervals" if any(len(runs) > 1 for runs in groups.values()) else ""
     styles = _styles(groups)
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(8.4, 4.4), layout="constrained")
@@ -157,7 +156,7 @@ def plot_curves(groups: Groups, metric: str, path: str | os.PathLike) -> None:
         axes.set_xlabel("after training on")
         axes.set_ylabel(f"{metric} (%), average over tasks seen")
         axes.set_ylim(bottom=0)
-        title = f"{metric} averaged over the tasks seen so far\n{_what(groups)}{band}"
+        title = f"{metric} averaged over the tasks seen so far\n{_what(groups, 'bands')}"
         axes.set_title(title, loc="left")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         _save(figure, path)
@@ -205,7 +204,9 @@ def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
         right.set_xscale("log")
         right.set_xlabel("trainable parameters (further left is better)")
         left.set_ylim(bottom=0)
-        figure.suptitle(f"{metric} after the last task against what it costs\n{_what(groups)}")
+        figure.suptitle(
+            f"{metric} after the last task against what it costs\n{_what(groups, 'bars')}"
+        )
         handles = []
         for method in groups:
             color, marker = styles[method]
@@ -236,11 +237,12 @@ def _matrix(method: str, runs: Sequence[tables.Results], metric: str) -> list[li
     return matrix
 
 
-def _what(groups: Groups) -> str:
+def _what(groups: Groups, intervals: str | None = None) -> str:
     counts = sorted({len(runs) for runs in groups.values()})
     count = "–".join(str(count) for count in sorted({counts[0], counts[-1]}))
     seeds = "1 seed" if counts == [1] else f"{count} seeds"
-    return f"mean of text-to-audio and audio-to-text, {seeds}"
+    note = f"; {intervals}: 95 % intervals" if intervals and counts[-1] > 1 else ""
+    return f"mean of text-to-audio and audio-to-text, {seeds}{note}"
 
 
 def _bound(axes, value: tables.Estimate | None, color: str, label: str | None = None) -> None:
