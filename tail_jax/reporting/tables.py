@@ -1,0 +1,258 @@
+"""Tables from the results of several runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+import csv
+import dataclasses
+import io
+import math
+from typing import Any
+
+from scipy import special
+
+from tail_jax.reporting.writers import ResultsError
+
+DIRECTIONS = ("text_to_audio", "audio_to_text")
+# From the floor to the ceiling; methods that are not named follow by alphabet.
+METHOD_ORDER = ("frozen", "sequential", "prompts", "ptat", "joint")
+
+Results = Mapping[str, Any]  # what results.json holds
+Matrix = Sequence[Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds and half the width of its 95 % t-interval; None for one seed."""
+
+    mean: float
+    half_width: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    title: str
+    value: Callable[[Results], float | None]  # of one run, in the unit of the title
+    decimals: int = 1
+    interval: bool = True  # sizes and times are facts of a machine and a setting, not of a seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    method: str
+    seeds: tuple[int, ...]
+    cells: tuple[Estimate | None, ...]  # one a column; None where a run has no value
+
+
+def group_by_method(runs: Mapping[str, Results]) -> dict[str, list[Results]]:
+    """Runs of each method by seed, methods from floor to ceiling.
+
+    Args:
+      runs: results by the name of their folder, which errors mention.
+
+    Raises:
+      ResultsError: if there are none, if streams, tasks, orders or backbones differ, if runs of a
+        method have different numbers of trainable parameters, or if a method ran twice with a seed.
+    """
+    if not runs:
+        raise ResultsError("no runs to compare; expected at least one results.json")
+    first_name, first = next(iter(runs.items()))
+    facts = {
+        "stream": lambda results: results["stream"],
+        "order": lambda results: results["order"],
+        "tasks": lambda results: results["tasks"],
+        "backbone": lambda results: results["backbone"].get("sha256"),
+    }
+    for name, results in runs.items():
+        for fact, of in facts.items():
+            if of(results) != of(first):
+                raise ResultsError(
+                    f"{first_name} and {name} cannot share a table: {fact} is {of(first)!r} in "
+                    f"the one and {of(results)!r} in the other; compare them apart"
+                )
+    groups: dict[str, dict[int, str]] = {}
+    for name, results in runs.items():
+        method, seed = results["method"], results["seed"]
+        seeds = groups.setdefault(method, {})
+        if seed in seeds:
+            raise ResultsError(
+                f"{seeds[seed]} and {name} are both {method} with seed {seed}; leave one out"
+            )
+        for other in list(seeds.values())[:1]:
+            counts = [runs[run]["trainable_parameters"] for run in (other, name)]
+            if counts[0] != counts[1]:
+                raise ResultsError(
+                    f"{other} and {name} are both {method}, with {counts[0]:,} and {counts[1]:,} "
+                    "trainable parameters; two settings of a method are no seeds of one, "
+                    "compare them apart"
+                )
+        seeds[seed] = name
+    ranks = {method: rank for rank, method in enumerate(METHOD_ORDER)}
+    methods = sorted(groups, key=lambda method: (ranks.get(method, len(ranks)), method))
+    return {
+        method: [runs[name] for _, name in sorted(groups[method].items())] for method in methods
+    }
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Mean and t-interval of half width t_{0.975, n-1} s / sqrt(n); None if a value is None."""
+    if not values or None in values:
+        return None
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    quantile = float(special.stdtrit(count - 1, 0.975))
+    return Estimate(mean, quantile * math.sqrt(variance / count))
+
+
+def rate(
+    metric: str,
+    pool: str = "own/fresh",
+    summary: str = "average",
+    directions: Sequence[str] = DIRECTIONS,
+) -> Callable[[Results], float | None]:
+    """A summary of one run in percent, averaged over directions; None if it lacks one of them."""
+
+    def value(results: Results) -> float | None:
+        keys = [f"{direction}/{metric}/{pool}" for direction in directions]
+        values = [results["summary"].get(key, {}).get(summary) for key in keys]
+        return None if None in values else 100 * sum(values) / len(values)
+
+    return value
+
+
+def _share(results: Results) -> float | None:
+    total = results["total_parameters"]
+    return 100 * results["trainable_parameters"] / total if total else None
+
+
+def _minutes(results: Results) -> float | None:
+    """The entry "total" of wall_seconds, or the sum of its parts."""
+    seconds = results.get("wall_seconds") or {}
+    return seconds.get("total", sum(seconds.values())) / 60 if seconds else None
+
+
+def _gibibytes(results: Results) -> float | None:
+    peak = results.get("peak_memory_bytes")
+    return peak / 2**30 if peak else None
+
+
+COLUMNS = (
+    Column("trainable parameters", lambda run: run["trainable_parameters"], 0, interval=False),
+    Column("share of total %", _share, 2, interval=False),
+    Column("R@1 T→A", rate("R@1", directions=DIRECTIONS[:1])),
+    Column("R@1 A→T", rate("R@1", directions=DIRECTIONS[1:])),
+    Column("R@1", rate("R@1")),
+    Column("R@5", rate("R@5")),
+    Column("R@10", rate("R@10")),
+    Column("mAP@10", rate("mAP@10")),
+    Column("R@1 union", rate("R@1", "all/fresh")),
+    Column("R@1 stale", rate("R@1", "own/stale")),
+    Column("forgetting", rate("R@1", summary="forgetting")),
+    Column("BWT", rate("R@1", summary="backward_transfer")),
+    Column("FWT", rate("R@1", summary="forward_transfer")),
+    Column("wall time min", _minutes, interval=False),
+    Column("peak memory GiB", _gibibytes, 2, interval=False),
+)
+
+# Everything a reader needs to know what a column of the table is.
+LEGEND = """\
+Rates are percent. Each is the average over all tasks after the last one, on the test set of each
+task alone (pool *own*), with galleries embedded by the final model (*fresh*); where no direction is
+named, it is the mean of text-to-audio (T→A) and audio-to-text (A→T). Items with equal scores are
+ranked against the query.
+
+- **R@1 union**: the gallery holds the test sets of all tasks.
+- **R@1 stale**: the gallery of a task keeps the embeddings made when that task ended.
+- **forgetting** (R@1): best value of a task from its own step to the last but one, minus the value
+  after the last step, averaged over all tasks but the last; negative if the last step helped. Lower
+  is better.
+- **BWT** (R@1): value after the last step minus the value just after learning the task.
+- **FWT** (R@1): value just before learning the task minus the value before the first.
+- **±**: half the width of the 95 % t-interval over seeds; absent for a single seed.
+- **–**: not defined for the method, or not measured.
+"""
+
+
+def make_rows(groups: Mapping[str, Sequence[Results]]) -> list[Row]:
+    """A row for each method of `group_by_method`, a cell for each of COLUMNS."""
+    return [
+        Row(
+            method,
+            tuple(results["seed"] for results in runs),
+            tuple(_cell(column, runs) for column in COLUMNS),
+        )
+        for method, runs in groups.items()
+    ]
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """GitHub Markdown, padded so that it reads as text too."""
+    lines = [["method", "seeds", *(column.title for column in COLUMNS)]]
+    for row in rows:
+        cells = [_text(cell, column) for cell, column in zip(row.cells, COLUMNS, strict=True)]
+        lines.append([row.method, str(len(row.seeds)), *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in aligned)
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """Comma-separated and unrounded: columns X and X ± (half width) for each column X."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    titles = [title for column in COLUMNS for title in (column.title, f"{column.title} ±")]
+    writer.writerow(["method", "seeds", *titles])
+    for row in rows:
+        pairs = [(cell.mean, cell.half_width) if cell else (None, None) for cell in row.cells]
+        values = [value for pair in pairs for value in pair]
+        writer.writerow([row.method, " ".join(map(str, row.seeds)), *values])
+    return file.getvalue()
+
+
+def matrix_text(matrix: Matrix, tasks: Sequence[str], *, scale: float = 100) -> str:
+    """A result matrix for the terminal: tasks across, training down; rates become percent."""
+    labels = ["before", *(f"after {task}" for task in tasks)]
+    width = max(6, *(len(task) for task in tasks))
+    first = max(map(len, labels))
+    lines = [" " * first + "".join(f"  {task:>{width}}" for task in tasks)]
+    for label, row in zip(labels, matrix, strict=True):
+        cells = ["–" if value is None else f"{scale * value:.1f}" for value in row]
+        lines.append(f"{label:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def mean_matrix(runs: Sequence[Results], metric: str, pool: str = "own/fresh") -> Matrix | None:
+    """Mean of a result matrix over runs and both directions.
+
+    A value is None where one of the matrices has none; all is None if one of them is missing.
+    """
+    keys = [f"{direction}/{metric}/{pool}" for direction in DIRECTIONS]
+    matrices = [results["matrices"].get(key) for results in runs for key in keys]
+    if not matrices or None in matrices:
+        return None
+    return [[_mean(values) for values in zip(*rows, strict=True)] for rows in zip(*matrices)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else math.fsum(values) / len(values)
+
+
+def _cell(column: Column, runs: Sequence[Results]) -> Estimate | None:
+    cell = estimate([column.value(results) for results in runs])
+    return cell if cell is None or column.interval else Estimate(cell.mean)
+
+
+def _text(cell: Estimate | None, column: Column) -> str:
+    if cell is None:
+        return "–"
+    text = _fixed(cell.mean, column.decimals)
+    if cell.half_width is None:
+        return text
+    return f"{text} ± {_fixed(cell.half_width, column.decimals)}"
+
+
+def _fixed(value: float, decimals: int) -> str:
+    text = f"{value:,.{decimals}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text  # no -0.0
