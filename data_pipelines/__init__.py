@@ -5,6 +5,9 @@ Nothing here imports `tail_jax`, and importing a module of this package does not
 
 import functools
 import os
+from collections.abc import Sequence
+
+_LISTED = 20
 
 
 @functools.cache
@@ -23,3 +26,11 @@ def load_tensorflow():
 
     tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow
+
+
+def listing(title: str, lines: Sequence[str]) -> str:
+    """Returns `title` and the first 20 of `lines` below it, with the number of those left out."""
+    shown = [f"  {line}" for line in lines[:_LISTED]]
+    if len(lines) > _LISTED:
+        shown.append(f"  ... and {len(lines) - _LISTED} more")
+    return "\n".join([f"{title}:", *shown])

@@ -12,8 +12,8 @@ import soundfile
 import soxr
 import tqdm
 
+from data_pipelines import listing
 from data_pipelines.corpora import Clip
-from data_pipelines.corpora.folder import listing
 
 _BLOCK_FRAMES = 1 << 18
 # A progress bar only where somebody would begin to wonder.
@@ -65,15 +65,15 @@ def read_audio(
     end is returned as far as it goes.
 
     Raises:
-      AudioError: the file is missing, empty or not decodable, has non-finite samples, or ends
-        before `offset`.
+      AudioError: the file is missing, empty or not decodable, has non-finite samples, or `offset`
+        is not inside it.
     """
     with _open(path) as file:
         start = round(offset * file.samplerate)
         frames = file.frames - start
-        if frames <= 0:
+        if not 0 <= start < file.frames:
             raise AudioError(
-                f"{path}: offset {offset} s is at or after the end, "
+                f"{path}: offset is {offset} s, expected 0 or more and less than the length, "
                 f"{file.frames / file.samplerate} s"
             )
         if seconds is not None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipelines import load_tensorflow
 from data_pipelines.audio import (
+    AudioError,
     AudioProblem,
     chunk_starts,
     header_length,
@@ -165,7 +166,7 @@ class SplitReader:
         Yields:
           audio [B/H, frames, mels] float32; token_ids [B/H, tokens] int32; token_mask bool;
           clip_id, caption_id, caption_key [B/H] int32; mask [B/H] bool, False on the rows that
-          fill the last batch of an epoch, which are zero in all arrays. Arrays are read-only.
+          fill the last batch of an epoch, which are zero in all arrays. The audio is read-only.
         """
         if batch_size < 1 or host_count < 1 or batch_size % host_count:
             raise ValueError(
@@ -355,18 +356,23 @@ class SplitReader:
         tf = load_tensorflow()
         settings = self.settings
         parallel = settings.num_parallel or tf.data.AUTOTUNE
+        failures: list[AudioError] = []
 
         def read(slot):
             found = locate(slot)
             if found is None:
                 return np.zeros([settings.window_samples], np.float32), np.float32(0)
             clip, choose_start = found
-            waveform = read_chunk(
-                self.split.clips[clip].path,
-                settings.log_mel.sampling_rate,
-                settings.window_samples,
-                choose_start,
-            )
+            try:
+                waveform = read_chunk(
+                    self.split.clips[clip].path,
+                    settings.log_mel.sampling_rate,
+                    settings.window_samples,
+                    choose_start,
+                )
+            except AudioError as error:
+                failures.append(error)
+                raise
             return waveform, np.float32(1)
 
         def compute(slot):
@@ -385,7 +391,13 @@ class SplitReader:
                 lambda *inputs: tf.numpy_function(augment, inputs, tf.float32)
             )
         audio = audio.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
-        for step, values in enumerate(audio, steps.start):
+        for step in steps:
+            try:
+                values = next(audio)
+            except tf.errors.OpError:
+                if failures:
+                    raise failures[0] from None
+                raise
             yield {"audio": values, **fields(step)}
 
 

@@ -106,7 +106,7 @@ class FeatureCache:
         stem = self.directory / f"features-{_key(clips, dataclasses.asdict(policy))}"
         # The record is renamed after the array: where it is, the array is whole.
         record = _read_record(stem.with_suffix(".json"))
-        if record is None:
+        if record is None or not stem.with_suffix(".npy").is_file():
             record = self._compute(clips, policy, stem)
         values = np.load(stem.with_suffix(".npy"), mmap_mode="r")
         return Features(

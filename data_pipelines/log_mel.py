@@ -57,7 +57,8 @@ class LogMelSettings:
         }
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
-                raise ValueError(f"log_mel.{name} is {getattr(self, name)!r}, expected one of {expected}")
+                found = getattr(self, name)
+                raise ValueError(f"log_mel.{name} is {found!r}, expected one of {expected}")
 
     @property
     def padding(self) -> int:

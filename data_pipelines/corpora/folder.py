@@ -8,10 +8,10 @@ import csv
 import pathlib
 from collections.abc import Sequence
 
+from data_pipelines import listing
 from data_pipelines.corpora import SPLIT_NAMES, Clip, Corpus, Split
 
 COLUMNS = ("file_name", "caption", "label", "group", "split")
-_LISTED = 20
 
 
 def read_folder(root, name: str | None = None, labels: Sequence[str] | None = None) -> Corpus:
@@ -143,11 +143,3 @@ def _select(clips: dict[str, dict], labels: Sequence[str], table: pathlib.Path) 
             f"expected one or more of: {', '.join(known)}"
         )
     return {file_name: clip for file_name, clip in clips.items() if clip["label"] in labels}
-
-
-def listing(title: str, lines: Sequence[str]) -> str:
-    """Returns `title` and the first 20 of `lines` below it, with the number of those left out."""
-    shown = [f"  {line}" for line in lines[:_LISTED]]
-    if len(lines) > _LISTED:
-        shown.append(f"  ... and {len(lines) - _LISTED} more")
-    return "\n".join([title + ":", *shown])
