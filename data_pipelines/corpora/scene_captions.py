@@ -1,53 +1,87 @@
-"""The captions of the embedded corpora: a scene goes in, one true sentence in the style of a corpus comes out.
+"""The captions of the embedded corpora: a scene goes in, one true sentence comes out.
 
-Each corpus has its own words for every value of a scene (`WORDS`), its own grammar and its own choice of what is
-worth a mention (`STYLES`). The base corpus speaks plainly and, with probability `variety`, borrows a word or a frame
-from any other style: it has met all of them, none often. `CONTESTED` words are where corpora disagree: the same word
-stands for different values, so learning one corpus overwrites what another has taught.
+Each corpus has its own words for every value of a scene (`WORDS`), its own grammar and its own
+choice of what is worth a mention (`STYLES`). The base corpus speaks plainly and, with probability
+`variety`, borrows a word or a frame from any other style: it has met all of them, none often.
+`CONTESTED` words are where corpora disagree: the same word stands for different values, so learning
+one corpus overwrites what another has taught.
 """
 
 import dataclasses
 
 from data_pipelines.corpora.scene_sounds import Scene, pick
 
-# value | plain | audiocaps_like | clotho_like | bbc_like | audioset_like. No expression stands for two values.
+# value | plain | audiocaps_like | clotho_like | bbc_like | audioset_like
+# No expression stands for two values.
 _WORDS = """
-bell    | bell ringing, bell | church bell chiming, bell tolling | handbell resounding, chime sounding | carillon, tubular bell | ding, jingle bell
-dog     | dog barking, dog | puppy woofing, small dog barking | hound baying, animal barking | terrier, canine | bark, domestic animal
-drum    | drum beating, drum | bass drum pounding, snare playing | tom being struck, percussion sounding | timpani, tabor | drum kit, membranophone
-knock   | door knock, knocking | person knocking, door being knocked | knuckles rapping, wood being rapped | door rap, wooden panel | knock knock, door
-glass   | glass clinking, glass | glass breaking, dish clanking | crystal tinkling, pane shattering | tumbler, goblet | shatter, chink
-laser   | laser zapping, laser | toy gun firing, video game zapping | synthesizer swooping, electronic swoop falling | ray gun, space weapon | zap, arcade game
-siren   | siren wailing, siren | police car wailing, ambulance passing | fire truck wailing, warning rising | klaxon, air raid signal | emergency vehicle, civil defense
-bird    | bird singing, bird | birds tweeting, small bird singing | warbler trilling, songbird warbling | finch, wren | tweet, bird vocalization
-engine  | engine running, engine | motor idling, truck idling | machine chugging, motorboat puttering | diesel, tractor | idling, vehicle engine
-click   | clicking, click | mouse clicking, keyboard typing | ratchet turning, typewriter pecking | relay, switch | tick, computer mouse
-drop    | water dripping, drip | faucet dripping, sink leaking | droplets plinking, water falling | leak, gutter | plop, liquid
-cricket | cricket singing, cricket | insects singing, bugs in grass | cicada stridulating, katydid pulsing | grasshopper, locust | insect, stridulation
-step    | footsteps, feet walking | person walking, shoes walking | boots treading, pedestrian strolling | footfall, tread | walk, running shoes
-alarm   | alarm beeping, alarm | smoke detector beeping, microwave beeping | timer going off, device bleeping | pager, bleeper | beep, alarm clock
-whistle | whistle blowing, whistle | person whistling, kettle whistling | flute piping, pipe sounding | boatswain pipe, referee | whistling, steam whistle
-horn    | horn honking, horn | car honking, train horn blowing | trumpet holding, vessel signalling | foghorn, ship | honk, vehicle horn
-buzz    | buzzer buzzing, buzz | electric razor buzzing, bee buzzing | saw cutting, trimmer vibrating | shaver, chainsaw | buzzing, power tool
-hiss    | air hissing, hiss | aerosol can hissing, gas leaking | air escaping, valve releasing | pneumatic, steam jet | hissing, air brake
+bell    | bell ringing, bell | church bell chiming, bell tolling
+        | handbell resounding, chime sounding | carillon, tubular bell | ding, jingle bell
+dog     | dog barking, dog | puppy woofing, small dog barking | hound baying, animal barking
+        | terrier, canine | bark, domestic animal
+drum    | drum beating, drum | bass drum pounding, snare playing
+        | tom being struck, percussion sounding | timpani, tabor | drum kit, membranophone
+knock   | door knock, knocking | person knocking, door being knocked
+        | knuckles rapping, wood being rapped | door rap, wooden panel | knock knock, door
+glass   | glass clinking, glass | glass breaking, dish clanking | crystal tinkling, pane shattering
+        | tumbler, goblet | shatter, chink
+laser   | laser zapping, laser | toy gun firing, video game zapping
+        | synthesizer swooping, electronic swoop falling | ray gun, space weapon | zap, arcade game
+siren   | siren wailing, siren | police car wailing, ambulance passing
+        | fire truck wailing, warning rising | klaxon, air raid signal
+        | emergency vehicle, civil defense
+bird    | bird singing, bird | birds tweeting, small bird singing
+        | warbler trilling, songbird warbling | finch, wren | tweet, bird vocalization
+engine  | engine running, engine | motor idling, truck idling
+        | machine chugging, motorboat puttering | diesel, tractor | idling, vehicle engine
+click   | clicking, click | mouse clicking, keyboard typing | ratchet turning, typewriter pecking
+        | relay, switch | tick, computer mouse
+drop    | water dripping, drip | faucet dripping, sink leaking | droplets plinking, water falling
+        | leak, gutter | plop, liquid
+cricket | cricket singing, cricket | insects singing, bugs in grass
+        | cicada stridulating, katydid pulsing | grasshopper, locust | insect, stridulation
+step    | footsteps, feet walking | person walking, shoes walking
+        | boots treading, pedestrian strolling | footfall, tread | walk, running shoes
+alarm   | alarm beeping, alarm | smoke detector beeping, microwave beeping
+        | timer going off, device bleeping | pager, bleeper | beep, alarm clock
+whistle | whistle blowing, whistle | person whistling, kettle whistling
+        | flute piping, pipe sounding | boatswain pipe, referee | whistling, steam whistle
+horn    | horn honking, horn | car honking, train horn blowing | trumpet holding, vessel signalling
+        | foghorn, ship | honk, vehicle horn
+buzz    | buzzer buzzing, buzz | electric razor buzzing, bee buzzing
+        | saw cutting, trimmer vibrating | shaver, chainsaw | buzzing, power tool
+hiss    | air hissing, hiss | aerosol can hissing, gas leaking | air escaping, valve releasing
+        | pneumatic, steam jet | hissing, air brake
 low     | low, deep | baritone, rumbly | grave, sombre | bass, sub | low pitched, bassy
-mid     | medium, middle | normal, average | moderate, ordinary | midrange, standard | mid pitched, mezzo
+mid     | medium, middle | normal, average | moderate, ordinary | midrange, standard
+        | mid pitched, mezzo
 high    | high, shrill | squeaky, thin | lofty, acute | treble, soprano | high pitched, piercing
-once    | once, one time | just once, a single time | only once, on one occasion | single, solo | one hit, one shot
-twice   | twice, two times | a couple of times, two times over | on two occasions, twice over | double, pair | two hits, doubled
-thrice  | three times, thrice | a few times, three times over | on three occasions, thrice over | triple, trio | three hits, tripled
-slow    | slowly, slow | unhurriedly, at a slow pace | leisurely, sluggishly | slow speed, largo | slow tempo, downtempo
-fast    | fast, quickly | rapidly, at a fast pace | hurriedly, briskly | full speed, presto | fast tempo, uptempo
-short   | short, briefly | for a moment, for a second | fleetingly, momentarily | short burst, brief | staccato, short duration
-long    | long, for long | for a while, continuously | at length, lingering | sustained, prolonged | legato, long duration
+once    | once, one time | just once, a single time | only once, on one occasion | single, solo
+        | one hit, one shot
+twice   | twice, two times | a couple of times, two times over | on two occasions, twice over
+        | double, pair | two hits, doubled
+thrice  | three times, thrice | a few times, three times over | on three occasions, thrice over
+        | triple, trio | three hits, tripled
+slow    | slowly, slow | unhurriedly, at a slow pace | leisurely, sluggishly | slow speed, largo
+        | slow tempo, downtempo
+fast    | fast, quickly | rapidly, at a fast pace | hurriedly, briskly | full speed, presto
+        | fast tempo, uptempo
+short   | short, briefly | for a moment, for a second | fleetingly, momentarily | short burst, brief
+        | staccato, short duration
+long    | long, for long | for a while, continuously | at length, lingering | sustained, prolonged
+        | legato, long duration
 soft    | soft, quiet | faint, slight | hushed, subdued | pianissimo, muted | weak, low volume
-loud    | loud, strong | very loud, noisy | powerful, forceful | fortissimo, full level | intense, high volume
+loud    | loud, strong | very loud, noisy | powerful, forceful | fortissimo, full level
+        | intense, high volume
 clean   | clean, clear | smooth, fine | pure, pristine | studio, dry | undistorted, crisp
 rough   | rough, harsh | raspy, scratchy | coarse, gravelly | gritty, worn | distorted, fuzzy
-wind    | wind, wind blowing | wind blowing into a microphone, gusts | a breeze stirring, moving air | exterior wind, gale | wind noise, whoosh
-rain    | rain, rain falling | rain pouring, a rain shower | drizzle pattering, steady rainfall | rain on roof, downpour | raindrop, precipitation
-hum     | hum, electric hum | a refrigerator humming, an appliance humming | current humming, a low voltage murmur | mains, generator | mains hum, electrical humming
-crowd   | people talking, a crowd | a group of people speaking, a man and a woman talking | murmuring voices, chatter | walla, public house | hubbub, speech babble
+wind    | wind, wind blowing | wind blowing into a microphone, gusts | a breeze stirring, moving air
+        | exterior wind, gale | wind noise, whoosh
+rain    | rain, rain falling | rain pouring, a rain shower | drizzle pattering, steady rainfall
+        | rain on roof, downpour | raindrop, precipitation
+hum     | hum, electric hum | a refrigerator humming, an appliance humming
+        | current humming, a low voltage murmur | mains, generator | mains hum, electrical humming
+crowd   | people talking, a crowd | a group of people speaking, a man and a woman talking
+        | murmuring voices, chatter | walla, public house | hubbub, speech babble
 """
 
 # word | what it stands for in audiocaps_like | clotho_like | bbc_like | audioset_like
@@ -87,8 +121,10 @@ ambience      | wind | crowd | hum | rain
 class Style:
     """Grammar of one corpus.
 
-    mention: probability that pitch, pace, loudness, texture and background are mentioned, in this order.
-    joins, reverse_joins: what stands between two events in temporal order, and in reverse (two events only).
+    mention: probability that pitch, pace, loudness, texture and background are mentioned, in this
+        order.
+    joins, reverse_joins: what stands between two events in temporal order, and in reverse (two
+        events only).
     ordered: False where the order of mention means nothing.
     whole, background: templates around the events, and of what is appended for the background.
     phrase: template of one event, of {attributes}, {head} and {pace}.
@@ -149,18 +185,22 @@ STYLES = {
 
 # First words of heads that are plural, mass nouns or bare gerunds, which take no article.
 _BARE = frozenset(
-    "air birds boots bugs clicking droplets feet footsteps gas hissing idling insects knocking knuckles percussion "
-    "shoes water whistling wood buzzing".split()
+    "air birds boots bugs buzzing clicking droplets feet footsteps gas hissing idling insects "
+    "knocking knuckles percussion shoes water whistling wood".split()
 )
 
 
 def _parse(table):
-    rows = [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
+    lines = table.replace("\n ", " ").strip().splitlines()  # an indented line continues the row
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
 WORDS = {
-    value: {style: tuple(w.strip() for w in cell.split(",")) for style, cell in zip(STYLES, cells, strict=True)}
+    value: {
+        style: tuple(w.strip() for w in cell.split(","))
+        for style, cell in zip(STYLES, cells, strict=True)
+    }
     for value, cells in _parse(_WORDS).items()
 }
 CONTESTED = {
@@ -173,7 +213,7 @@ _DISPUTED = {
     for style in STYLES
     if style != "base"
 }
-# What base borrows: every word that any style has for a value, contested ones with all their senses.
+# What base borrows: every word any style has for a value, contested ones with all their senses.
 _BORROWED = {
     value: tuple(
         word
@@ -186,13 +226,17 @@ _BORROWED = {
 
 
 def expressions(style: str, value: str) -> frozenset[str]:
-    """Every expression that a caption of the style may use for the value, at any setting of the knobs."""
-    return frozenset(WORDS[value]["base"]) | frozenset(_BORROWED[value]) | frozenset(WORDS[value][style])
+    """Every expression that a caption of the style may use for the value, whatever the knobs."""
+    return (
+        frozenset(WORDS[value]["base"])
+        | frozenset(_BORROWED[value])
+        | frozenset(WORDS[value][style])
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What one expression of a caption says: `words` stand for `value` of event `event` (-1: the background)."""
+    """What one expression says: `words` stand for `value` of event `event` (-1: background)."""
 
     event: int
     value: str
@@ -208,13 +252,16 @@ class Caption:
     grammar: str
 
 
-def write_caption(scene: Scene, style: str, language: float, meaning: float, variety: float, rng) -> Caption:
+def write_caption(
+    scene: Scene, style: str, language: float, meaning: float, variety: float, rng
+) -> Caption:
     """One caption of a scene.
 
     Args:
         scene: what it describes.
         style: a key of `STYLES`.
-        language: probability that a word, and that the grammar, is the style's own rather than the base corpus's.
+        language: probability that a word, and that the grammar, is the style's own rather than the
+            base corpus's.
         meaning: a contested word is used, where the style has one, with probability `meaning / 2`.
         variety: probability that the base corpus borrows from the other styles.
         rng: numpy generator, the only source of randomness.

@@ -1,11 +1,13 @@
-"""Embedded corpora: text-audio retrieval by rule, for tests, demos and ablations that need no download.
+"""Embedded corpora: text-audio retrieval by rule, for runs that need no download.
 
-Five corpora of short scenes (`scene_sounds`) with captions (`scene_captions`): `base` for pretraining, and four that
-differ from it, and from each other, as AudioCaps, Clotho, BBC Sound Effects and AudioSet do. Three knobs a corpus
-say how far: `language` (words, grammar, what is mentioned), `meaning` (contested words; where "high", "fast" and
-"loud" begin) and `acoustics` (recording channel; which sounds are common). At 0 a corpus is one more draw of base.
+Five corpora of short scenes (`scene_sounds`) with captions (`scene_captions`): `base` for
+pretraining, and four that differ from it, and from each other, as AudioCaps, Clotho, BBC Sound
+Effects and AudioSet do. Three knobs a corpus say how far: `language` (words, grammar, what is
+mentioned), `meaning` (contested words; where "high", "fast" and "loud" begin) and `acoustics`
+(recording channel; which sounds are common). At 0 a corpus is one more draw of base.
 
-A scene belongs to one split in every corpus, by a hash of its description: no test scene is ever trained on.
+A scene belongs to one split in every corpus, by a hash of its description: no test scene is ever
+trained on.
 
     python -m data_pipelines.corpora.scenes --output=DIRECTORY [--seed=0]
 """
@@ -49,8 +51,8 @@ class CorpusSettings:
     """Clips per split, and the distance from the base corpus.
 
     language, acoustics: 0 (as base) to 1 (the corpus's own).
-    meaning: 0 (words mean what they mean in base) to 2 (a contested word wherever there is one, and attribute scales
-        moved twice as far as the profile says).
+    meaning: 0 (words mean what they mean in base) to 2 (a contested word wherever there is one, and
+        attribute scales moved twice as far as the profile says).
     """
 
     train: int = 1200
@@ -63,10 +65,14 @@ class CorpusSettings:
     def __post_init__(self):
         for name in ("train", "valid", "test"):
             if getattr(self, name) < 0:
-                raise ValueError(f"CorpusSettings.{name} is {getattr(self, name)}; expected a number of clips, >= 0")
+                raise ValueError(
+                    f"CorpusSettings.{name} is {getattr(self, name)}; expected a count of clips"
+                )
         for name, most in (("language", 1.0), ("meaning", 2.0), ("acoustics", 1.0)):
             if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"CorpusSettings.{name} is {getattr(self, name)}; expected 0 to {most:g}")
+                raise ValueError(
+                    f"CorpusSettings.{name} is {getattr(self, name)}; expected 0 to {most:g}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +80,8 @@ class SceneSettings:
     """Everything the files depend on, beside `GENERATOR_VERSION`.
 
     seed: of all randomness. sampling_rate: Hz. seconds: length of every clip.
-    variety: probability that a word, or the grammar, of the base corpus is borrowed from another style; the higher,
-        the better a model pretrained on base knows the words of the stream.
+    variety: probability that a word, or the grammar, of the base corpus is borrowed from another
+        style; the higher, the better a model pretrained on base knows the words of the stream.
     """
 
     seed: int = 0
@@ -93,8 +99,8 @@ class SceneSettings:
             raise ValueError(f"SceneSettings.seed is {self.seed}; expected an integer >= 0")
         if self.sampling_rate < 16000 or self.seconds < 2.0:
             raise ValueError(
-                f"SceneSettings asks for {self.seconds} s at {self.sampling_rate} Hz; scenes need at least 2 s (three "
-                "events) at 16000 Hz (the highest sounds reach 8 kHz)"
+                f"SceneSettings asks for {self.seconds} s at {self.sampling_rate} Hz; scenes need "
+                "at least 2 s (three events) at 16000 Hz (the highest sounds reach 8 kHz)"
             )
         if not 0 <= self.variety <= 1:
             raise ValueError(f"SceneSettings.variety is {self.variety}; expected 0 to 1")
@@ -102,7 +108,7 @@ class SceneSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedClip:
-    """One clip before it is rendered: its index in the corpus, its split, what it sounds like and its captions."""
+    """One clip before it is rendered."""
 
     index: int
     split: str
@@ -120,7 +126,7 @@ class PlannedClip:
 
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to in every corpus: 70 % train, 12 % valid, 18 % test, by SHA-1."""
+    """The split of a scene in every corpus: 70 % train, 12 % valid, 18 % test, by SHA-1."""
     position = int(hashlib.sha1(f"scenes:{scene}".encode()).hexdigest()[:12], 16) / 16**12
     for split, share in _SPLIT_SHARES.items():
         if position < share:
@@ -132,7 +138,8 @@ def split_of(scene: Scene) -> str:
 def plan(corpus: str, settings: SceneSettings) -> list[PlannedClip]:
     """The scenes and captions of a corpus, without a sound: train, then valid, then test.
 
-    Valid and test clips of one corpus are of distinct scenes, with captions that repeat only within a small share.
+    Valid and test clips of one corpus are of distinct scenes, with captions that repeat only within
+    a small share.
     """
     _check_names([corpus])
     own: CorpusSettings = getattr(settings, corpus)
@@ -148,12 +155,13 @@ def plan(corpus: str, settings: SceneSettings) -> list[PlannedClip]:
                 scene = scene_sounds.draw_scene(rng, profile, own.acoustics)
                 if split_of(scene) != split:
                     continue
-                clip = PlannedClip(index, split, scene, _write_captions(scene, corpus, settings, rng))
+                captions = _write_captions(scene, corpus, settings, rng)
+                clip = PlannedClip(index, split, scene, captions)
                 if split == "train":
                     break
                 if clip.group in taken_groups:
                     continue
-                texts = {re.sub(r"[^a-z ]", "", caption.text) for caption in clip.captions}
+                texts = {re.sub(r"[^a-z ]", "", caption.text) for caption in captions}
                 if texts & taken_captions:
                     if repeats == 0:
                         continue
@@ -177,20 +185,20 @@ def _write_captions(scene, corpus, settings, rng):
 
 
 def render_clip(corpus: str, clip: PlannedClip, settings: SceneSettings) -> np.ndarray:
-    """The audio of a planned clip, int16 [samples], a function of seed, corpus, index and scene alone."""
+    """The audio of a planned clip, int16 [samples]."""
     own: CorpusSettings = getattr(settings, corpus)
     rng = np.random.default_rng([settings.seed, zlib.crc32(corpus.encode()), clip.index, 1])
-    samples = round(settings.seconds * settings.sampling_rate)
-    return scene_sounds.render(
-        clip.scene, scene_sounds.PROFILES[corpus], own.meaning, own.acoustics, settings.sampling_rate, samples, rng
-    )
+    rate, samples = settings.sampling_rate, round(settings.seconds * settings.sampling_rate)
+    profile = scene_sounds.PROFILES[corpus]
+    return scene_sounds.render(clip.scene, profile, own.meaning, own.acoustics, rate, samples, rng)
 
 
 def _write_audio(directory, corpus, clips, settings):
     """Renders clips into a folder; runs in a worker process."""
     for clip in clips:
         audio = render_clip(corpus, clip, settings)
-        soundfile.write(directory / clip.file_name, audio, settings.sampling_rate, subtype="PCM_16", format="FLAC")
+        path = directory / clip.file_name
+        soundfile.write(path, audio, settings.sampling_rate, subtype="PCM_16", format="FLAC")
     return len(clips)
 
 
@@ -200,41 +208,46 @@ def _write_table(path, clips):
         writer.writerow(["file_name", "caption", "label", "group", "split", "scene"])
         for clip in clips:
             for caption in clip.captions:
-                kind = clip.scene.events[0].kind
-                writer.writerow([clip.file_name, caption.text, kind, clip.group, clip.split, str(clip.scene)])
+                row = [clip.file_name, caption.text, clip.scene.events[0].kind]
+                writer.writerow([*row, clip.group, clip.split, str(clip.scene)])
 
 
 def folder_name(corpus: str, settings: SceneSettings) -> str:
-    """`<corpus>-<hash>`, of the generator's version and the settings that this corpus depends on."""
+    """`<corpus>-<hash>` of the generator's version and the settings this corpus depends on."""
     parts = dataclasses.asdict(settings)
-    parts = {k: v for k, v in parts.items() if k not in scene_sounds.PROFILES} | {"own": parts[corpus]}
-    text = json.dumps([GENERATOR_VERSION, corpus, parts], sort_keys=True)
+    relevant = {k: v for k, v in parts.items() if k == corpus or k not in scene_sounds.PROFILES}
+    text = json.dumps([GENERATOR_VERSION, corpus, relevant], sort_keys=True)
     return f"{corpus}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _check_names(corpora):
     unknown = [name for name in corpora if name not in scene_sounds.PROFILES]
     if unknown:
-        raise ValueError(f"no embedded corpus is called {unknown[0]!r}; expected one of {list(scene_sounds.PROFILES)}")
+        raise ValueError(
+            f"no embedded corpus is called {unknown[0]!r}; "
+            f"expected one of {list(scene_sounds.PROFILES)}"
+        )
 
 
 def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, progress=True):
     """Writes the embedded corpora as caption folders, or finds them already written.
 
-    The files are bitwise the same for any `num_workers` and any choice or order of `corpora`. A folder appears under
-    its name only when it is complete, so a generation that is killed, or two at once, do no harm.
+    The files are bitwise the same for any `num_workers` and any choice or order of `corpora`. A
+    folder appears under its name only when it is complete, so a generation that is killed, or two
+    at once, do no harm.
 
     Args:
         directory: parent of the corpus folders; made if it does not exist.
         settings: a `SceneSettings`.
         corpora: names, by default all five.
-        num_workers: processes that render. They are spawned, so with 2 or more the calling script needs the usual
-            `if __name__ == "__main__":`.
+        num_workers: processes that render. They are spawned, so with 2 or more the calling script
+            needs the usual `if __name__ == "__main__":`.
         progress: whether to show a bar.
 
     Returns:
-        dict from corpus name to the path of its folder: `metadata.csv` (file_name, caption, label, group, split,
-        scene; one row a caption) and `audio/*.flac`. `label` is the kind of the first event, `group` the scene id.
+        dict from corpus name to the path of its folder: `audio/*.flac` and `metadata.csv`, one row
+        a caption, of file_name, caption, label (kind of the first event), group (scene id), split
+        and scene (canonical description).
 
     Raises:
         ValueError: for an unknown corpus.
@@ -247,8 +260,8 @@ def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, p
     missing = [name for name in names if not paths[name].is_dir()]
     if not missing:
         return paths
-    total = sum(getattr(getattr(settings, name), split) for name in missing for split in _SPLIT_SHARES)
-    bar = tqdm.tqdm(total=total, desc="embedded corpora", unit="clip", disable=not progress)
+    sizes = [getattr(getattr(settings, name), split) for name in missing for split in _SPLIT_SHARES]
+    bar = tqdm.tqdm(total=sum(sizes), desc="scenes", unit="clip", disable=not progress)
     pool = None
     if num_workers > 1:
         spawn = multiprocessing.get_context("spawn")
@@ -262,10 +275,11 @@ def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, p
             _write_table(aside / name / "metadata.csv", clips)
             pending[name] = []
             for chunk in (clips[i : i + _CHUNK] for i in range(0, len(clips), _CHUNK)):
+                task = (aside / name, name, chunk, settings)
                 if pool is None:
-                    bar.update(_write_audio(aside / name, name, chunk, settings))
+                    bar.update(_write_audio(*task))
                 else:
-                    pending[name].append(pool.submit(_write_audio, aside / name, name, chunk, settings))
+                    pending[name].append(pool.submit(_write_audio, *task))
         for name in missing:
             for future in pending[name]:
                 bar.update(future.result())
