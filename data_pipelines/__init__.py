@@ -3,11 +3,16 @@
 Nothing here imports `tail_jax`, and importing a module of this package does not import TensorFlow.
 """
 
+import atexit
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 
 _LISTED = 20
+
+_open_iterators: weakref.WeakSet = weakref.WeakSet()
 
 
 @functools.cache
@@ -26,6 +31,34 @@ def load_tensorflow():
 
     tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow
+
+
+def iterate(dataset) -> Iterator:
+    """Returns an iterator over a `tf.data.Dataset` that gives NumPy arrays.
+
+    Threads of tf.data that call back into Python can keep an ending interpreter waiting for ever;
+    these iterators are closed before it begins to end.
+    """
+    iterator = _generate(dataset)
+    _open_iterators.add(iterator)
+    return iterator
+
+
+def _generate(dataset):
+    iterator = dataset.as_numpy_iterator()
+    try:
+        yield from iterator
+    finally:
+        # The traceback of an error holds this frame, which must not hold the threads.
+        del iterator
+
+
+@atexit.register
+def _close_open_iterators() -> None:
+    for iterator in list(_open_iterators):
+        # ValueError: a daemon thread is inside it; it cannot be closed from here.
+        with contextlib.suppress(ValueError):
+            iterator.close()
 
 
 def listing(title: str, lines: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ drawn.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -38,42 +39,44 @@ class SpecAugment:
 def crop_start(frames: int, window: int, seed: int, epoch: int, pair: int) -> int:
     """Returns the first frame of a random window inside the clip, 0 for a shorter clip."""
     spare = max(frames - window, 0)
-    return int(_generator(seed, epoch, pair, _CROP).integers(spare + 1))
+    return int(_generator(seed, epoch, _CROP, pair).integers(spare + 1))
 
 
-def spec_augment(
-    audio: np.ndarray, settings: SpecAugment, seed: int, epoch: int, pairs: np.ndarray
-) -> np.ndarray:
-    """Returns a copy of `audio` with masked stretches set to the mean of their example.
+@functools.lru_cache(maxsize=4)
+def mask_numbers(settings: SpecAugment, seed: int, epoch: int, num_pairs: int) -> np.ndarray:
+    """Returns the random numbers of an epoch, [pairs, 2 * masks] in 0..1, read-only.
+
+    Row i depends on settings, seed, epoch and i alone. Drawn for a whole epoch at once: a generator
+    for each example costs as much as all the rest of a batch.
+    """
+    masks = settings.time_masks + settings.frequency_masks
+    numbers = _generator(seed, epoch, _MASK).random([num_pairs, 2 * masks])
+    numbers.flags.writeable = False
+    return numbers
+
+
+def spec_augment(audio: np.ndarray, settings: SpecAugment, numbers: np.ndarray) -> np.ndarray:
+    """Returns `audio` with masked stretches set to the mean of their example.
 
     Args:
       audio: float32 [batch, frames, mels].
       settings: how many masks, and how wide.
-      seed, epoch: of the run.
-      pairs: [batch], the row of each example in the list of pairs; with seed and epoch it alone
-        decides on the masks, wherever the example stands in a batch.
+      numbers: [batch, 2 * masks], rows of `mask_numbers`; they alone decide on the masks.
     """
-    audio = audio.copy()
-    num_frames, num_mels = audio.shape[1:]
-    for example, pair in zip(audio, pairs):
-        generator = _generator(seed, epoch, int(pair), _MASK)
-        mean = example.mean(dtype=np.float64)
-        for start, width in _stretches(
-            generator, settings.time_masks, settings.time_width, num_frames
-        ):
-            example[start : start + width] = mean
-        for start, width in _stretches(
-            generator, settings.frequency_masks, settings.frequency_width, num_mels
-        ):
-            example[:, start : start + width] = mean
-    return audio
+    split = 2 * settings.time_masks
+    times = _stretches(numbers[:, :split], settings.time_width, audio.shape[1])
+    bands = _stretches(numbers[:, split:], settings.frequency_width, audio.shape[2])
+    mean = audio.mean(axis=(1, 2), keepdims=True)
+    return np.where(times[:, :, None] | bands[:, None, :], mean, audio)
 
 
-def _stretches(generator: np.random.Generator, number: int, width: int, length: int):
-    for _ in range(number):
-        drawn = int(generator.integers(min(width, length) + 1))
-        yield int(generator.integers(length - drawn + 1)), drawn
+def _stretches(numbers: np.ndarray, width: int, length: int) -> np.ndarray:
+    """Returns bool [batch, length], True in stretches of 0..width drawn by [batch, 2 * masks]."""
+    drawn = (numbers[:, 0::2] * (min(width, length) + 1)).astype(np.int64)  # [batch, masks]
+    start = (numbers[:, 1::2] * (length - drawn + 1)).astype(np.int64)
+    position = np.arange(length)[:, None] - start[:, None, :]  # [batch, length, masks]
+    return ((position >= 0) & (position < drawn[:, None, :])).any(axis=-1)
 
 
-def _generator(seed: int, epoch: int, pair: int, purpose: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch, pair, purpose]))
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(key))

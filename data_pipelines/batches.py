@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_pipelines import load_tensorflow
+from data_pipelines import iterate, load_tensorflow
 from data_pipelines.audio import (
     AudioError,
     AudioProblem,
@@ -15,7 +15,7 @@ from data_pipelines.audio import (
     read_chunk,
     usable_clips,
 )
-from data_pipelines.augment import SpecAugment, crop_start, spec_augment
+from data_pipelines.augment import SpecAugment, crop_start, mask_numbers, spec_augment
 from data_pipelines.corpora import Split, caption_keys
 from data_pipelines.features import ChunkPolicy, FeatureCache
 from data_pipelines.log_mel import LogMelSettings, log_mel
@@ -25,6 +25,7 @@ Batch = dict[str, np.ndarray]
 
 _ENDLESS = np.iinfo(np.int64).max
 _PREFETCHED_BATCHES = 2
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +117,12 @@ class SplitReader:
             raise ValueError(
                 f"corpus '{split.corpus}': split '{split.name}' has no clips; expected at least one"
             )
-        self._cache = FeatureCache(
-            settings.cache_dir, settings.cache_bytes, settings.num_parallel
-        )
+        self._cache = FeatureCache(settings.cache_dir, settings.cache_bytes, settings.num_parallel)
         self._random_crop = settings.crop == "random" and self._any_clip_exceeds_window()
-        # The rows that this split will be read by, so that one pass decides what can be used.
+        # (most rows of a clip, whether features are kept)
         self._train_key = (1, not self._random_crop)
         self._evaluation_key = (settings.max_chunks, True)
+        # The rows that this split will be read by, so that one pass decides what can be used.
         first = self._train_key if split.name == "train" else self._evaluation_key
         rows, self.problems = self._read_rows(*first)
         kept = usable_clips(split.clips, self.problems, settings.on_error)
@@ -202,7 +202,7 @@ class SplitReader:
             if not mask[i]:
                 return None
             pair = int(pairs[i])
-            if settings.crop == "random":
+            if self._random_crop:
                 return int(self.pairs[pair, 0]), functools.partial(
                     crop_start, seed=seed, epoch=epoch, pair=pair
                 )
@@ -215,8 +215,8 @@ class SplitReader:
 
         def augment(step: int, audio: np.ndarray) -> np.ndarray:
             epoch, pairs, mask = place(step)
-            masked = spec_augment(audio[mask], settings.spec_augment, seed, epoch, pairs[mask])
-            return np.concatenate([masked, audio[~mask]])
+            numbers = mask_numbers(settings.spec_augment, seed, epoch, len(self.pairs))[pairs]
+            return _masked(mask, audio=spec_augment(audio, settings.spec_augment, numbers))["audio"]
 
         return self._batches(
             range(start_step, _ENDLESS // batch_size),
@@ -390,7 +390,7 @@ class SplitReader:
             audio = tf.data.Dataset.zip(numbers, audio).map(
                 lambda *inputs: tf.numpy_function(augment, inputs, tf.float32)
             )
-        audio = audio.prefetch(_PREFETCHED_BATCHES).as_numpy_iterator()
+        audio = iterate(audio.prefetch(_PREFETCHED_BATCHES))
         for step in steps:
             try:
                 values = next(audio)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import load_tensorflow
+from data_pipelines import iterate, load_tensorflow
 from data_pipelines.audio import (
     AudioError,
     AudioLength,
@@ -144,7 +144,7 @@ class FeatureCache:
         try:
             with open(aside, "wb") as file:
                 header = _write_header(file, (0, *policy.row_shape))
-                results = _feature_dataset(clips, policy, self.num_parallel).as_numpy_iterator()
+                results = iterate(_feature_dataset(clips, policy, self.num_parallel))
                 for row, (values, problem) in enumerate(
                     progress(results, len(clips), f"log-mel features of {len(clips)} clips")
                 ):

@@ -1,5 +1,7 @@
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -275,3 +277,21 @@ def test_merged_splits_keep_clips_apart_and_load(corpus, settings, tmp_path):
     for splits in ([corpus.train, corpus.train], [corpus.train, even.valid], []):
         with pytest.raises(ValueError, match="cannot merge"):
             merge_splits(splits)
+
+
+def test_a_program_ends_with_an_iterator_still_open(corpus_folder, tmp_path):
+    code = (
+        "import sys\n"
+        "from data_pipelines.batches import *\n"
+        "from data_pipelines.corpora.folder import read_folder\n"
+        "mel = LogMelSettings(8000, 256, 100, 16, 50.0, 4000.0)\n"
+        "split = read_folder(sys.argv[1]).train\n"
+        "tokenizer = Tokenizer.train(split.captions, 280)\n"
+        "settings = DataSettings(mel, 1.0, 12, cache_dir=sys.argv[2], cache_bytes=0)\n"
+        "batches = SplitReader(split, tokenizer, settings).train_batches(32, 0)\n"
+        "for _ in range(5): next(batches)\n"
+        "sys.exit(7)"
+    )
+    arguments = [str(corpus_folder), str(tmp_path / "cache")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], timeout=60)
+    assert done.returncode == 7
