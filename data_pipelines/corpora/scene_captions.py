@@ -142,28 +142,28 @@ class Style:
 
 STYLES = {
     "base": Style(
-        mention=(0.7, 0.7, 0.5, 0.4, 0.8),
+        mention=(0.8, 0.8, 0.5, 0.5, 0.9),
         joins=(" then ", ", followed by ", " before "),
         reverse_joins=(" after ",),
         whole=("{}", "there is {}", "{} is heard"),
         background=(" with {}", " and {} behind", " over {}"),
     ),
     "audiocaps_like": Style(
-        mention=(0.45, 0.85, 0.75, 0.15, 0.7),
+        mention=(0.6, 0.85, 0.75, 0.3, 0.8),
         joins=(" followed by ", " and then "),
         reverse_joins=(),
         whole=("{}", "{} nearby"),
         background=(" while {} can be heard", " as {} continues"),
     ),
     "clotho_like": Style(
-        mention=(0.65, 0.6, 0.6, 0.55, 0.8),
+        mention=(0.7, 0.7, 0.6, 0.6, 0.85),
         joins=(" and afterwards ", ", which is succeeded by ", " gives way to "),
         reverse_joins=(" comes subsequent to ", " takes over from "),
         whole=("{} can be perceived", "first of all {}", "from somewhere {} emerges"),
         background=(" amid {}", " as {} goes on and on", ", all against {}"),
     ),
     "bbc_like": Style(
-        mention=(0.95, 0.85, 0.15, 0.6, 0.95),
+        mention=(0.95, 0.85, 0.25, 0.65, 0.95),
         joins=("; then ", "; next ", "; "),
         reverse_joins=(),
         whole=("{}", "effect, {}"),
@@ -172,7 +172,7 @@ STYLES = {
         articles=False,
     ),
     "audioset_like": Style(
-        mention=(0.4, 0.5, 0.4, 0.75, 1.0),
+        mention=(0.6, 0.6, 0.4, 0.75, 1.0),
         joins=(" and ",),
         reverse_joins=(" and ",),
         whole=("the sounds of {}", "the sound of {}", "audio of {}"),

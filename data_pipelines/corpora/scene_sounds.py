@@ -108,7 +108,7 @@ PROFILES = {
     ),
     "bbc_like": Profile(
         favours=_values("bell engine horn drum knock click dog buzz low slow none"),
-        events=(0.50, 0.50, 0.00),
+        events=(0.40, 0.60, 0.00),
         semitones=-6.0,
         pace=0.75,
         decibels=-4.0,
@@ -210,7 +210,7 @@ def render_background(name, samples, sampling_rate, rng):
 
 def draw_channel(rng, profile, shift):
     """Strength of each of `EFFECTS`: a mild random mixture (`shift` 0) to the profile's own (1)."""
-    mild = rng.uniform(0.0, 0.5, len(EFFECTS)) * (rng.random(len(EFFECTS)) < 0.4)
+    mild = rng.uniform(0.0, 0.8, len(EFFECTS)) * (rng.random(len(EFFECTS)) < 0.4)
     own = np.array(profile.channel) * rng.uniform(0.85, 1.15, len(EFFECTS))
     return np.clip(mild + shift * (own - mild), 0.0, 1.5)
 

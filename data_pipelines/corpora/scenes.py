@@ -34,7 +34,7 @@ from data_pipelines.corpora import scene_captions, scene_sounds
 from data_pipelines.corpora.scene_sounds import Scene
 
 # Raise it whenever the same settings would give other files: it is part of every folder's name.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 BASE = "base"
 STREAM = ("audiocaps_like", "clotho_like", "bbc_like", "audioset_like")
 
@@ -87,7 +87,7 @@ class SceneSettings:
     seed: int = 0
     sampling_rate: int = 16000
     seconds: float = 2.56
-    variety: float = 0.25
+    variety: float = 0.4
     base: CorpusSettings = CorpusSettings(train=4000, language=0.0, meaning=0.0, acoustics=0.0)
     audiocaps_like: CorpusSettings = CorpusSettings()
     clotho_like: CorpusSettings = CorpusSettings()

@@ -133,12 +133,12 @@ def test_base_has_met_every_content_word_of_the_stream(plans):
 
 
 def test_test_captions_are_nearly_all_distinct(plans):
-    for clips in plans.values():
+    for corpus, clips in plans.items():
         texts = [
             caption.text for clip in clips if clip.split == "test" for caption in clip.captions
         ]
         assert len(set(texts)) >= 200
-        assert len(set(texts)) >= 0.90 * len(texts)
+        assert len(set(texts)) >= (0.91 if corpus == "bbc_like" else 0.97) * len(texts)
 
 
 def test_clotho_like_has_five_different_captions_a_clip_and_the_others_one(plans):
