@@ -61,11 +61,6 @@ def _bell(t, hz, rng):
     return np.sin(np.float32(2 * np.pi * hz) * t + index * tone(t, 1.4 * hz)) * decay(t, 0.22)
 
 
-def _whistle(t, hz, rng):
-    rise = 1 + 0.35 * t / t[-1]
-    return tone(t, hz * rise * (1 + 0.015 * tone(t, 6.0))) * _gate(t, 0.04)
-
-
 def _siren(t, hz, rng):
     wail = hz * (0.75 + 0.6 * np.sin(np.pi * t / t[-1]))
     return tone(t, wail) + 0.5 * tone(t, 2 * wail) + 0.3 * tone(t, 3 * wail)
@@ -102,29 +97,8 @@ def _click(t, hz, rng):
     ) ** 0.5 * decay(t, 0.002)
 
 
-def _knock(t, hz, rng):
-    return _modes(t, hz, (1, 2.3, 3.9), 0.03) + 0.5 * noise(t, hz, 4 * hz, rng) * len(
-        t
-    ) ** 0.5 * decay(t, 0.01)
-
-
-def _drop(t, hz, rng):
-    return tone(t, hz * (0.8 + 1.0 * (t / t[-1]) ** 2)) * decay(t, 0.03)
-
-
 def _cricket(t, hz, rng):
     return tone(t, hz) * np.maximum(tone(t, 38.0), 0) * _gate(t)
-
-
-def _horn(t, hz, rng):
-    chord = sum(
-        tone(t, hz * k) / k**0.7 + 0.8 * tone(t, 1.26 * hz * k) / k**0.7 for k in (1, 2, 3, 4, 5)
-    )
-    return chord * _gate(t, 0.03)
-
-
-def _buzz(t, hz, rng):
-    return sum(tone(t, hz * k) / k**0.5 for k in range(1, 15)) * _gate(t)
 
 
 def _hiss(t, hz, rng):
@@ -136,12 +110,6 @@ def _glass(t, hz, rng):
     return _modes(t, hz, ratios, 0.09) + 0.6 * noise(t, hz, 2.5 * hz, rng) * len(t) ** 0.5 * decay(
         t, 0.02
     )
-
-
-def _step(t, hz, rng):
-    thump = noise(t, 0.4 * hz, 1.6 * hz, rng) * len(t) ** 0.5
-    toe = np.maximum(t - np.float32(0.07), 0)
-    return thump * (t / 0.006 * decay(t, 0.012) + 0.6 * toe / 0.006 * decay(toe, 0.009))
 
 
 def _alarm(t, hz, rng):
@@ -172,22 +140,16 @@ class Kind:
 
 
 KINDS = {
-    "bell": Kind("count", _bell, 700, 0.6),
-    "dog": Kind("count", _dog, 300, 0.18),
-    "drum": Kind("count", _drum, 110, 0.35),
-    "knock": Kind("count", _knock, 260, 0.12),
-    "glass": Kind("count", _glass, 1500, 0.25),
-    "laser": Kind("count", _laser, 800, 0.24),
-    "siren": Kind("rate", _siren, 620, 0.0, 1.6),
-    "bird": Kind("rate", _bird, 2400, 0.11, 3.0),
-    "engine": Kind("rate", _engine, 150, 0.09, 14.0),
-    "click": Kind("rate", _click, 1800, 0.03, 6.0),
-    "drop": Kind("rate", _drop, 800, 0.10, 3.0),
-    "cricket": Kind("rate", _cricket, 2600, 0.10, 3.5),
-    "step": Kind("rate", _step, 420, 0.14, 2.2),
-    "alarm": Kind("rate", _alarm, 1000, 0.0, 2.5),
-    "whistle": Kind("length", _whistle, 1300),
-    "horn": Kind("length", _horn, 210),
-    "buzz": Kind("length", _buzz, 120),
-    "hiss": Kind("length", _hiss, 2200),
+    "bell": Kind("count", _bell, 650, 0.6),
+    "dog": Kind("count", _dog, 260, 0.18),
+    "drum": Kind("count", _drum, 140, 0.35),
+    "glass": Kind("count", _glass, 2000, 0.25),
+    "laser": Kind("count", _laser, 1300, 0.24),
+    "siren": Kind("rate", _siren, 420, 0.0, 1.6),
+    "bird": Kind("rate", _bird, 2800, 0.11, 3.0),
+    "engine": Kind("rate", _engine, 90, 0.09, 14.0),
+    "click": Kind("rate", _click, 3400, 0.03, 6.0),
+    "cricket": Kind("rate", _cricket, 4300, 0.10, 3.5),
+    "alarm": Kind("rate", _alarm, 950, 0.0, 2.5),
+    "hiss": Kind("length", _hiss, 3000),
 }

@@ -34,11 +34,11 @@ from data_pipelines.corpora import scene_captions, scene_sounds
 from data_pipelines.corpora.scene_sounds import Scene
 
 # Raise it whenever the same settings would give other files: it is part of every folder's name.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 6
 BASE = "base"
 STREAM = ("audiocaps_like", "clotho_like", "bbc_like", "audioset_like")
 
-_CAPTIONS_PER_CLIP = {"clotho_like": 5}
+_CAPTIONS_PER_CLIP = {"base": 2, "clotho_like": 5}
 # Share of held-out captions that may repeat an earlier one, as catalogue entries do.
 _SHARED_CAPTIONS = {"bbc_like": 0.08}
 _FEW_SHARED_CAPTIONS = 0.02
@@ -58,9 +58,9 @@ class CorpusSettings:
     train: int = 1200
     valid: int = 200
     test: int = 250
-    language: float = 1.0
-    meaning: float = 1.0
-    acoustics: float = 1.0
+    language: float = 0.5
+    meaning: float = 0.4
+    acoustics: float = 0.5
 
     def __post_init__(self):
         for name in ("train", "valid", "test"):
@@ -86,9 +86,9 @@ class SceneSettings:
 
     seed: int = 0
     sampling_rate: int = 16000
-    seconds: float = 2.56
-    variety: float = 0.4
-    base: CorpusSettings = CorpusSettings(train=4000, language=0.0, meaning=0.0, acoustics=0.0)
+    seconds: float = 2.55
+    variety: float = 0.15
+    base: CorpusSettings = CorpusSettings(train=5000, language=0.0, meaning=0.0, acoustics=0.0)
     audiocaps_like: CorpusSettings = CorpusSettings()
     clotho_like: CorpusSettings = CorpusSettings()
     bbc_like: CorpusSettings = CorpusSettings()

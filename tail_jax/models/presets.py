@@ -7,17 +7,18 @@ from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.models.htsat import HTSATConfig
 
-_MINI_TEXT = TextConfig(vocab_size=1024, width=96, layers=4, heads=4, hidden=384,
-                        max_positions=66, pool="pooler", epsilon=1e-5)
+_MINI_TEXT = TextConfig(vocab_size=1024, width=64, layers=2, heads=4, hidden=256,
+                        max_positions=66, pool="mean", epsilon=1e-5)
 
 PRESETS = {
-    # About a million parameters; the audio is 128 frames of 32 mels.
-    "mini-htsat": DualEncoder(
-        HTSATConfig(spec_size=64, mels=32, patch=4, width=48, depths=(2, 2), heads=(2, 4),
-                    window=4), _MINI_TEXT, embedding=64),
+    # A third to half a million parameters on 128 frames of 32 mels. Shallow on purpose: in the
+    # minutes that two cores give, two layers learn the base corpus further than four.
     "mini-ast": DualEncoder(
-        ASTConfig(frames=128, mels=32, patch=8, stride=8, width=96, layers=4, heads=4,
+        ASTConfig(frames=128, mels=32, patch=16, stride=16, width=96, layers=2, heads=4,
                   hidden=384, epsilon=1e-5), _MINI_TEXT, embedding=64),
+    "mini-htsat": DualEncoder(
+        HTSATConfig(spec_size=64, mels=32, patch=8, width=48, depths=(1, 1), heads=(2, 4),
+                    window=4), _MINI_TEXT, embedding=64),
     # Specification configuration B: LAION CLAP (HTSAT-tiny, RoBERTa-base).
     "clap-htsat-tiny": DualEncoder(HTSATConfig(), TextConfig()),
     # Specification configuration A: AST-base and BERT-base, new heads.
