@@ -46,6 +46,9 @@ class PromptConfig:
                     f"prompts.{name} is {getattr(self, name)!r}; expected one of {list(allowed)}")
         if self.length < 1:
             raise ValueError(f"prompts.length is {self.length}; expected at least 1")
+        if self.depth == "shallow" and (self.first_layer or self.last_layer):
+            raise ValueError("prompts.depth 'shallow' enters at the first layer and flows on; "
+                             "leave prompts.first_layer and prompts.last_layer at 0")
 
 
 def _plan(config: PromptConfig, model):
@@ -115,28 +118,27 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
     audio, masks, text = [], [], []
     for s, (rows, layers, _) in enumerate(plan):
         a = p["audio"][s]
-        spread = lambda x: jnp.zeros((layers,) + x.shape[1:], x.dtype).at[rows.start:rows.stop].set(x)
-        masks.append(jnp.zeros((layers, config.length), bool).at[rows.start:rows.stop].set(True))
+        # Layers without prompts hold zeros, and the mask closes them.
+        around = (rows.start, layers - rows.stop)
+        spread = lambda x: jnp.pad(x, [around, (0, 0), (0, 0)])
+        masks.append(jnp.pad(jnp.ones((len(rows), config.length), bool), [around, (0, 0)]))
         if config.coupling != "independent":
             pair = [_linear(a, p[side][s if len(p[side]) > 1 else 0]) for side in ("pre", "post")]
             text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, 2n, d_t]
         if str(s) in p.get("stage", {}):
             a = _linear(a, p["stage"][str(s)])
         audio.append(spread(a))
-    covered = all(len(rows) == layers for rows, layers, _ in plan)
-    one = len(plan) == 1
-    tuning = {"audio": {"prompts": audio[0] if one else audio}, "text": {}}
-    if config.coupling == "independent":
-        tuning["text"]["prompts"] = p["text"]
-    else:
+    tuning = {"audio": {"prompts": audio}, "text": {"prompts": p.get("text")}}
+    if text:
         source = jnp.concatenate(text)
-        pick = [l * source.shape[0] // text_layers for l in range(text_layers)]
-        tuning["text"]["prompts"] = source[jnp.asarray(pick)]
-    if not covered:
-        tuning["audio"]["prompts_mask"] = masks[0] if one else masks
-        if config.coupling != "independent":
-            shown = jnp.concatenate(masks)[jnp.asarray(pick)]
-            tuning["text"]["prompts_mask"] = jnp.concatenate([shown, shown], axis=1)
+        pick = jnp.arange(text_layers) * source.shape[0] // text_layers
+        tuning["text"]["prompts"] = source[pick]
+    if any(len(rows) < layers for rows, layers, _ in plan):
+        tuning["audio"]["prompts_mask"] = masks
+        if text:
+            tuning["text"]["prompts_mask"] = jnp.tile(jnp.concatenate(masks)[pick], (1, 2))
+    if len(plan) == 1:  # one stage: no list
+        tuning["audio"] = {name: stages[0] for name, stages in tuning["audio"].items()}
     return tuning
 
 
