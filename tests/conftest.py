@@ -7,7 +7,6 @@ import pytest
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Halves the time XLA takes to compile tiny models, which is most of such a test."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
