@@ -1,8 +1,8 @@
 """PTAT: prompt tuning for audio-text incremental learning, and the same without distillation.
 
 A PTAT-style reconstruction after the abstract of Text-Audio Incremental Learning (arXiv
-2503.04258): audio prompts generate the text prompts through linear maps (`tuning/prompts.py`), and from the
-second task on the tree of the step before teaches the new one (ATSFD). Everything trained is
+2503.04258): audio prompts generate the text prompts through linear maps (`tuning/prompts.py`), and
+from the second task on the tree of the step before teaches the new one (ATSFD). What is trained is
 
     P = {prompts: {audio, pre, post}, heads: {audio, text}, logit_scale: []}
 

@@ -74,6 +74,8 @@ def _plan(config: PromptConfig, model):
 def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     """{audio: [per stage [l, n, d]], pre, post: [per stage {w, b}], ...}, float32.
 
+    Stages without prompts (layer ranges) have an empty array and no maps.
+
     A ~ U(+-sqrt(6 / (p^2 + d_a))) with the patch size p (VPT's rule), W ~ N(0, 1/d_a), b = 0.
     """
     plan, text_layers, text_width = _plan(config, model)
@@ -93,18 +95,18 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     p = {"audio": audio}
     if common:
         p["stage"] = {str(s): linear(text_width, width)
-                      for s, (_, _, width) in enumerate(plan) if width != text_width}
+                      for s, (rows, _, width) in enumerate(plan) if rows and width != text_width}
     if config.coupling == "independent":
         bound = (6 / (model.audio.patch**2 + text_width)) ** 0.5
         shape = (text_layers, 2 * config.length, text_width)
         return p | {"text": jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)}
     for side in ("pre", "post"):
         if config.coupling == "per_layer":
-            p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio]
+            p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio if len(a)]
         elif common:
             p[side] = [linear(text_width, text_width)]
         else:
-            p[side] = [linear(a.shape[-1], text_width) for a in audio]
+            p[side] = [linear(a.shape[-1], text_width) for a in audio if len(a)]
     return p
 
 
@@ -114,16 +116,24 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
     Text layer l takes its prompts from the audio layer at the same relative depth (the same layer
     where both towers are equally deep, as in every preset).
     """
-    plan, text_layers, _ = _plan(config, model)
+    plan, text_layers, text_width = _plan(config, model)
+    covered = [s for s, (rows, _, _) in enumerate(plan) if rows]
     audio, masks, text = [], [], []
-    for s, (rows, layers, _) in enumerate(plan):
+    for s, (rows, layers, width) in enumerate(plan):
+        if not rows:
+            audio.append(jnp.zeros((layers, config.length, width)))
+            masks.append(jnp.zeros((layers, config.length), bool))
+            if config.coupling != "independent":
+                text.append(jnp.zeros((layers, 2 * config.length, text_width)))
+            continue
         a = p["audio"][s]
         # Layers without prompts hold zeros, and the mask closes them.
         around = (rows.start, layers - rows.stop)
         spread = lambda x: jnp.pad(x, [around, (0, 0), (0, 0)])
         masks.append(jnp.pad(jnp.ones((len(rows), config.length), bool), [around, (0, 0)]))
         if config.coupling != "independent":
-            pair = [_linear(a, p[side][s if len(p[side]) > 1 else 0]) for side in ("pre", "post")]
+            own = min(covered.index(s), len(p["pre"]) - 1)  # or the one pair of all stages
+            pair = [_linear(a, p[side][own]) for side in ("pre", "post")]
             text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, 2n, d_t]
         if str(s) in p.get("stage", {}):
             a = _linear(a, p["stage"][str(s)])

@@ -1,4 +1,4 @@
-"""Our towers against Hugging Face transformers on the same random weights (needs the torch extra)."""
+"""Our towers against transformers on the same random weights (needs the torch extra)."""
 
 import re
 
@@ -85,7 +85,7 @@ def converted(ours, model, rules, skip=()):
         stem, tail = ("/".join(head), "." + suffix[last]) if last in suffix else (name, "")
         target = next(re.sub(f"^{a}$", b, stem) for a, b in rules if re.fullmatch(a, stem)) + tail
         # Their merge belongs to the stage before it.
-        target = re.sub(r"layers\.(\d)(?=\.downsample)", lambda m: f"layers.{int(m[1]) - 1}", target)
+        target = re.sub(r"\d(?=\.downsample)", lambda m: str(int(m[0]) - 1), target)
         used.add(target)
         value = theirs[target]
         if last == "kernel":

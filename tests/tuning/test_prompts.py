@@ -8,7 +8,7 @@ import pytest
 
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
-from tail_jax.models.htsat import HTSATConfig
+from tail_jax.models.htsat import HTSATConfig, HTSATTower
 from tail_jax.tuning.prompts import PromptConfig, init_prompts, prompt_tuning
 
 TEXT = TextConfig(vocab_size=30, width=12, layers=4, heads=3, hidden=20, max_positions=16)
@@ -132,6 +132,26 @@ def test_layer_ranges_open_these_layers_and_close_the_others(
     for layer, own in zip(text_layers, learned, strict=True):
         close(rows[layer], own)
     assert np.abs(tuning["text"]["prompts"][np.array(text_layers)]).min(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"htsat_map": "common"}, {"coupling": "per_layer"}])
+def test_stages_without_prompts_learn_nothing(settings):
+    p, tuning = make(HTSAT, first_layer=1, **settings)
+    assert len(p["pre"]) == len(p["post"]) == 1 and p["audio"][0].size == 0
+    assert not p.get("stage")
+    # The tuning covers every layer at its width all the same.
+    assert [a.shape for a in tuning["audio"]["prompts"]] == [(1, 2, 6), (3, 2, 12)]
+    assert tuning["text"]["prompts"].shape == (4, 4, 12)
+
+
+def test_one_stage_of_windows_takes_prompts_too():
+    config = HTSATConfig(spec_size=16, mels=8, patch=2, width=6, depths=(2,), heads=(2,), window=4)
+    _, tuning = make(types.SimpleNamespace(audio=config, text=TEXT))
+    audio = jax.ShapeDtypeStruct((1, 32, 8), np.float32)
+    tower = HTSATTower(config)
+    params = jax.eval_shape(tower.init, jax.random.key(0), audio)
+    out = jax.eval_shape(tower.apply, params, audio, None, tuning["audio"])
+    assert out["pooled"].shape == (1, 6)
 
 
 def test_towers_of_different_depth_pair_by_relative_depth():
