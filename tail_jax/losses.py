@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+FEATURE_FORMS = ("kl", "cosine", "mse")
 NEGATIVE = -1e9  # instead of -inf: a fully masked row then has a finite log-softmax
 
 
@@ -82,5 +83,6 @@ def feature_distillation(student: jax.Array, teacher: jax.Array, mask: jax.Array
         log_p, log_q = (jax.nn.log_softmax(z * scale, axis=-1) for z in (teacher, student))
         rows = temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
     else:
-        raise ValueError(f"feature distillation form is {form!r}; expected kl, cosine or mse")
+        raise ValueError(f"feature distillation form is {form!r}; "
+                         f"expected one of {[*FEATURE_FORMS]}")
     return jnp.where(mask, rows, 0.0).sum() / jnp.maximum(mask.sum(), 1)

@@ -37,10 +37,15 @@ def build(config: Mapping) -> Method:
         ValueError: on an unknown name, an unknown setting or a value out of range.
     """
     config = dict(config)
-    known = defaults(config.pop("name"))
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise ValueError(f"method has no settings {unknown}; expected some of {[*known]}")
+    known = defaults(config.pop("name", None))
+    _check(config, known, "method")
     if "prompts" in config:
+        _check(config["prompts"], known["prompts"], "method.prompts")
         config["prompts"] = PromptConfig(**config["prompts"])
     return METHODS[known["name"]](**config)
+
+
+def _check(config: Mapping, known: Mapping, where: str) -> None:
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has no settings {unknown}; expected some of {[*known]}")

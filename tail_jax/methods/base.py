@@ -53,12 +53,13 @@ class Method:
         """What the step needs of the backbone beside `trainable`: an argument of the step."""
         return params
 
-    def resolve(self, model: DualEncoder, trainable: dict, frozen: dict) -> tuple[dict, dict | None]:
+    def resolve(self, model: DualEncoder, trainable: dict,
+                frozen: dict) -> tuple[dict, dict | None]:
         """(parameters, tuning) as the encoders take them."""
         raise NotImplementedError
 
     def begin_task(self, state: State, task: int) -> State:
-        """State at the start of task 0, 1, ...; shapes must not change (the step is traced once)."""
+        """State at the start of task 0, 1, ...; shapes stay, for the step is traced once."""
         if not self.has_teacher:
             return state
         # A copy: an alias would be freed when the step donates the trainable tree.
@@ -83,7 +84,7 @@ class Method:
         return [(decayed, self.weight_decay), (rf"(?!{decayed}$).*", 0.0)]
 
     def update_mask(self, state: State) -> Any:
-        """Tree of booleans that multiplies the updates of `trainable`; prefix trees are fine."""
+        """Booleans that multiply the updates: a tree like `trainable`, of scalars or arrays."""
         return jax.tree_util.tree_map_with_path(
             lambda path, _: jnp.asarray(getattr(path[-1], "key", None) not in BUFFERS),
             state["trainable"])

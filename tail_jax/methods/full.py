@@ -9,7 +9,11 @@ from tail_jax.methods.base import Method
 
 @dataclasses.dataclass(frozen=True)
 class Sequential(Method):
-    """Full fine-tuning on one task after another: the plastic extreme, forgets freely."""
+    """Full fine-tuning on one task after another: the plastic extreme, forgets freely.
+
+    Attributes:
+        dropout: whether the model's dropout rates act.
+    """
 
     learning_rate: float = 5e-5
     dropout: bool = False
@@ -29,14 +33,14 @@ class Sequential(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Joint(Sequential):
-    """Full fine-tuning on the shuffled union of all tasks, with as many updates: the upper bound."""
+    """Full fine-tuning on the shuffled union of all tasks, as many updates: the upper bound."""
 
     joint = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Method):
-    """The pretrained model as it is: the stable extreme. Zero-shot where its training saw no task."""
+    """The pretrained model as it is: the stable extreme, zero-shot on all tasks."""
 
     trains = False
 

@@ -1,8 +1,8 @@
 """PTAT: prompt tuning for audio-text incremental learning, and the same without distillation.
 
-A PTAT-style reconstruction after the abstract of Text-Audio Incremental Learning (arXiv 2503.04258):
-audio prompts generate the text prompts through linear maps (`tuning/prompts.py`), and from the
-second task on the tree of the step before teaches the new one (ATSFD). Everything trained is
+A PTAT-style reconstruction after the abstract of Text-Audio Incremental Learning (arXiv
+2503.04258): audio prompts generate the text prompts through linear maps (`tuning/prompts.py`), and
+from the second task on the tree of the step before teaches the new one (ATSFD). What is trained is
 
     P = {prompts: {audio, pre, post}, heads: {audio, text}, logit_scale: []}
 
@@ -51,6 +51,10 @@ class Prompts(Method):
         own = {k: v for k, v in trainable.items() if k != "prompts"}
         return frozen | own, prompt_tuning(self.prompts, model, trainable["prompts"])
 
+    def forward(self, model, trainable, frozen, aux, batch, key):
+        del key  # frozen towers run without dropout
+        return super().forward(model, trainable, frozen, aux, batch, None)
+
     def learning_rates(self):
         return [(r"prompts/.*", self.learning_rate), (r"heads/.*", self.heads_learning_rate),
                 (r"logit_scale", self.scale_learning_rate)]
@@ -90,6 +94,16 @@ class PTAT(Prompts):
         if self.similarity_form not in ("matrix_kl", "cross_time"):
             raise ValueError(f"method.similarity_form is {self.similarity_form!r}; "
                              "expected 'matrix_kl' or 'cross_time'")
+        if self.feature_form not in losses.FEATURE_FORMS:
+            raise ValueError(f"method.feature_form is {self.feature_form!r}; "
+                             f"expected one of {[*losses.FEATURE_FORMS]}")
+        for name in ("similarity_temperature", "feature_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"method.{name} is {getattr(self, name)}; expected more than 0")
+
+    def init(self, key, model, params):
+        state = super().init(key, model, params)
+        return state | {"aux": {"teacher": state["trainable"], "distil": jnp.zeros(())}}
 
     def forward(self, model, trainable, frozen, aux, batch, key):
         outputs = super().forward(model, trainable, frozen, aux, batch, key)
@@ -122,6 +136,3 @@ class PTAT(Prompts):
         loss += aux["distil"] * (self.similarity_weight * sim + self.feature_weight * feature)
         return loss, metrics | {"similarity": sim, "feature": feature}
 
-    def init(self, key, model, params):
-        state = super().init(key, model, params)
-        return state | {"aux": {"teacher": state["trainable"], "distil": jnp.zeros(())}}

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from tail_jax.models.transformer import BlockConfig, Stack
@@ -59,6 +60,7 @@ class ASTTower(nn.Module):
                              f"this model takes ({c.frames}, {c.mels})")
         mean = self.param("input_mean", nn.initializers.constant(-4.2677393), ())
         std = self.param("input_std", nn.initializers.constant(4.5689974), ())
+        mean, std = jax.lax.stop_gradient((mean, std))  # statistics, not parameters
         x = ((audio - mean) / (2 * std)).transpose(0, 2, 1)[..., None].astype(self.dtype)
         x = nn.Conv(c.width, (c.patch, c.patch), (c.stride, c.stride), "VALID", dtype=self.dtype,
                     name="patch")(x)
@@ -69,7 +71,7 @@ class ASTTower(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(special, (x.shape[0],) + special.shape), x], 1)
         x += self.param("position", small, (x.shape[1], c.width)).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
-        block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, "gelu", c.dropout,
+        block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
                             self.dtype)
         hidden = Stack(block, c.layers, name="encoder")(x, None, tuning, deterministic)
         tokens = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(hidden[-1])

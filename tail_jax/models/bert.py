@@ -74,7 +74,7 @@ class TextTower(nn.Module):
         x += embed(c.type_vocab_size, "token_type")(jnp.zeros_like(token_ids))
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
-        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, "gelu", c.dropout,
+        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout,
                             self.dtype)
         hidden = Stack(block, c.layers, name="encoder")(x, mask, tuning, deterministic)
         tokens = hidden[-1]

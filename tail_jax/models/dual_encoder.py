@@ -26,7 +26,6 @@ from tail_jax.models.htsat import HTSATConfig, HTSATTower
 AUDIO_TOWERS = {"htsat": (HTSATConfig, HTSATTower), "ast": (ASTConfig, ASTTower)}
 # Leaves that are statistics of the training data: no gradient, not counted as parameters.
 BUFFERS = ("running_mean", "running_var", "input_mean", "input_std")
-MAX_LOGIT_SCALE = math.log(100.0)
 
 
 class Head(nn.Module):
@@ -70,6 +69,9 @@ class DualEncoder:
             ValueError: on a missing or unknown key, naming it.
         """
         config = dict(config)
+        missing = sorted({"audio", "text"} - set(config))
+        if missing:
+            raise ValueError(f"model has no {missing}; it describes an audio and a text tower")
         audio = dict(config.pop("audio"))
         kind = audio.pop("kind", None)
         if kind not in AUDIO_TOWERS:
@@ -104,7 +106,7 @@ class DualEncoder:
     def init(self, key: jax.Array) -> dict:
         """Random parameters in float32; the temperature starts at 1 / 0.07."""
         keys = jax.random.split(key, 4)
-        blank = {k: jnp.zeros(s.shape, s.dtype) for k, s in self.input_shapes(1, 8).items()}
+        blank = {k: jnp.zeros(s.shape, s.dtype) for k, s in self.input_shapes(1, 1).items()}
         head = Head(self.embedding)
         make = lambda module, key, *args: module.init(key, *args)["params"]
         return {

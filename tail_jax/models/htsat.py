@@ -2,7 +2,8 @@
 
 The spectrogram [1024 frames, 64 mels] is cut in time into `spec_size // mels` pieces stacked along
 frequency, which makes a square image; four stages of shifted-window attention follow. A Swin block
-is `transformer.Block` on the layout [batch, windows, window^2, width] with a relative-position bias.
+is `transformer.Block` on the layout [batch, windows, window^2, width] with a bias for the relative
+position.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class HTSATConfig:
         patch: patch size and stride.
         width: of the first stage; doubles from stage to stage.
         depths, heads: per stage.
-        window: side of the attention window, in patches.
+        window: side of the attention window, in patches (the whole grid, where that is smaller).
         mlp_ratio, epsilon, dropout: of the blocks.
     """
 
@@ -53,6 +54,9 @@ class HTSATConfig:
         for side in self.sides:
             if side > self.window and side % self.window:
                 raise ValueError(f"window {self.window} does not divide a stage of side {side}")
+        if self.spec_size // self.patch % 2 ** (len(self.depths) - 1):
+            raise ValueError(f"{self.spec_size // self.patch} patches a side cannot be halved "
+                             f"{len(self.depths) - 1} times, once between two stages")
 
     @property
     def frames(self) -> int:
@@ -72,7 +76,7 @@ class HTSATConfig:
 
 @functools.cache
 def _bicubic(source: int, target: int) -> np.ndarray:
-    """Matrix [target, source] of cubic interpolation (a = -0.75, end points aligned, edges held)."""
+    """Matrix [target, source] of cubic interpolation (a = -0.75, ends aligned, edges held)."""
     at = np.arange(target) * (source - 1) / max(target - 1, 1)
     base, a = np.floor(at).astype(int), -0.75
     matrix = np.zeros((target, source), np.float32)
@@ -136,7 +140,8 @@ class SwinBlock(nn.Module):
 class HTSATTower(nn.Module):
     """Log-mel [B, frames, mels] in dB to tokens, the stages' outputs, and their mean.
 
-    `tuning` holds, for each leaf of the stack's format, a list over stages.
+    `tuning` holds, for each leaf of the stack's format, a list over stages (with one stage, the
+    leaf will do). Prompts are deep only: windows have no common sequence to flow along.
     """
 
     config: HTSATConfig
@@ -151,7 +156,8 @@ class HTSATTower(nn.Module):
                              f"this model takes at most {c.frames} frames of {c.mels} mels")
         x = BandNorm(name="input_norm")(audio)
         if x.shape[1] < c.frames:
-            x = jnp.einsum("ts,bsm->btm", _bicubic(x.shape[1], c.frames), x)
+            x = jnp.einsum("ts,bsm->btm", _bicubic(x.shape[1], c.frames), x,
+                           precision=jax.lax.Precision.HIGHEST)
         pieces = c.spec_size // c.mels
         x = x.reshape(-1, pieces, c.spec_size, c.mels).transpose(0, 1, 3, 2)
         x = x.reshape(-1, c.spec_size, c.spec_size, 1).astype(self.dtype)  # [B, freq, time, 1]
@@ -167,35 +173,41 @@ class HTSATTower(nn.Module):
                 x = nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"merge_{s}")(
                     norm(name=f"merge_norm_{s}")(x))
             block = BlockConfig(width, c.heads[s], int(width * c.mlp_ratio), "pre", c.epsilon,
-                                "gelu", c.dropout, self.dtype)
-            stage = _stage_tuning(tuning, s, depth)
-            for i in range(depth):
+                                c.dropout, self.dtype)
+            stage = _stage_tuning(tuning, s, len(c.depths))
+            for i, own in enumerate(layer_tuning(stage, depth, 4)):
                 x = SwinBlock(block, c.sides[s], c.window, bool(i % 2), name=f"stage_{s}_{i:02d}")(
-                    x, layer_tuning(stage, i), deterministic)
+                    x, own, deterministic)
                 hidden.append(x.reshape(x.shape[0], -1, width))
         tokens = norm(name="norm")(hidden[-1])
         return {"tokens": tokens, "hidden": hidden, "pooled": tokens.mean(1)}
 
 
-def _stage_tuning(tuning, stage: int, depth: int) -> dict:
+def _stage_tuning(tuning, stage: int, stages: int) -> dict:
     """Stage `stage` of a tree whose leaves stand in lists over stages."""
     is_list = lambda node: isinstance(node, (list, tuple))
-    picked = jax.tree.map(lambda node: node[stage], tuning or {}, is_leaf=is_list)
-    prompts = picked.get("prompts")
-    if prompts is not None and prompts.shape[-3] != depth:
-        raise ValueError(f"stage {stage} has {depth} blocks, its prompts {prompts.shape[-3]} "
-                         "layers; HTSAT takes deep prompts only (windows have no common sequence)")
-    return picked
+
+    def pick(node):
+        if is_list(node) and len(node) != stages:
+            raise ValueError(f"tuning holds a list of {len(node)} entries; HTSAT has {stages} "
+                             "stages and takes one entry a stage")
+        return node[stage] if is_list(node) else node
+
+    return jax.tree.map(pick, tuning or {}, is_leaf=is_list)
 
 
 class BandNorm(nn.Module):
-    """Batch normalisation over mel bands with fixed statistics: gamma (x - mean) / sqrt(var + 1e-5) + beta."""
+    """Batch normalisation of mel bands with fixed statistics.
+
+        y = scale (x - running_mean) / sqrt(running_var + 1e-5) + bias
+    """
 
     @nn.compact
     def __call__(self, x):
         shape = (x.shape[-1],)
         mean = self.param("running_mean", nn.initializers.zeros, shape)
         var = self.param("running_var", nn.initializers.ones, shape)
+        mean, var = jax.lax.stop_gradient((mean, var))  # else they weigh in gradient clipping
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         return (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias

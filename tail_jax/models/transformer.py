@@ -1,14 +1,18 @@
 """The one transformer stack: every tower is settings and a stem around the blocks of this file.
 
-Tuning enters here and nowhere else. A tower takes, beside its parameters, a dict `tuning` with any of
+Tuning enters here and nowhere else. A tower takes, beside its parameters, a dict `tuning` with any
+of (L layers, width d)
 
-    prompts   [L, n, d] or [B, L, n, d]   extra tokens of layer l; L = 1 means shallow (see below)
-    prompts_mask [L, n]                   False takes a prompt out of the attention (layer ranges)
-    prefix    {key, value}: [L, n, d] or [B, L, n, d]   extra keys and values, not projected
-    adapter   {down: {kernel [L, d, r], bias [L, r]}, up: {kernel [L, r, d], bias [L, d]}, scale [L]}
-    lora      {query|key|value|out|up|down: {a [L, in, r], b [L, r, out]}}   scale folded into b
+    prompts       [L, n, d]           extra tokens of each layer; L = 1 means shallow (see below)
+    prompts_mask  [L, n]              False takes a prompt out of the attention (layer ranges)
+    prefix        {key, value}: [L, n, d]               extra keys and values, not projected
+    adapter       {down: {kernel [L, d, r], bias [L, r]}, up: {kernel [L, r, d], bias [L, d]},
+                   scale [L]}         scale * (relu(h W_down + b_down) W_up + b_up), h the input of
+                                      the feed-forward branch before its norm, added to its output
+    lora          {query|key|value|out|up|down: {a [L, in, r], b [L, r, out]}}
+                                      x a b added to that dense layer; any scale is folded into b
 
-The optional leading batch axis (methods that choose per example) works for all but `prompts_mask`.
+Every leaf but `prompts_mask` may have a batch axis in front (methods that choose per example).
 
 Deep prompts are replaced at every layer and what the layer makes of them is thrown away, so they
 act on real tokens only as extra keys and values. These are projected once per step, without batch
@@ -19,15 +23,11 @@ concatenated to the tokens once and flow through all layers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-ACTIVATIONS = {"gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
@@ -36,10 +36,9 @@ class BlockConfig:
     Attributes:
         width: token dimension d.
         heads: attention heads; `width` is divisible by it.
-        hidden: inner dimension of the feed-forward network.
+        hidden: inner dimension of the feed-forward network (exact GELU).
         norm: 'pre' (ViT, Swin) or 'post' (BERT) layer normalisation.
         epsilon: epsilon of the layer norms.
-        activation: of the feed-forward network, 'gelu' (exact) or 'relu'.
         dropout: rate on both residual branches; acts only when a key is given.
         dtype: of the computation; parameters keep their own.
     """
@@ -49,7 +48,6 @@ class BlockConfig:
     hidden: int
     norm: str = "pre"
     epsilon: float = 1e-5
-    activation: str = "gelu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -58,54 +56,54 @@ class BlockConfig:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}; expected 'pre' or 'post'")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; expected one of {[*ACTIVATIONS]}")
 
 
-# Rank of one layer's share of a tuning leaf, without a batch axis.
-_RANKS = {"prompts": 2, "prompts_mask": 1, "key": 2, "value": 2, "a": 2, "b": 2,
-          "kernel": 2, "bias": 1, "scale": 0}
+_DENSE = ("query", "key", "value", "out", "up", "down")
+# Rank of one layer's share of each tuning leaf, without a batch axis.
+_RANKS = {
+    "prompts": 2, "prompts_mask": 1, "prefix": {"key": 2, "value": 2},
+    "adapter": {"down": {"kernel": 2, "bias": 1}, "up": {"kernel": 2, "bias": 1}, "scale": 0},
+    "lora": {name: {"a": 2, "b": 2} for name in _DENSE}}
 
 
-def layer_tuning(tuning: dict | None, index: int) -> dict:
-    """The part of `tuning` for layer `index`: the layer axis is gone, a batch axis stays."""
+def layer_tuning(tuning: dict | None, layers: int, ndim: int) -> list[dict]:
+    """One dict for each of `layers` layers, its leaves ready to meet tokens of `ndim` dimensions.
 
-    def pick(path, leaf):
-        return leaf[:, index] if leaf.ndim == _RANKS[path[-1].key] + 2 else leaf[index]
+    The layer axis is gone. Biases and scales become matrices [1, d] and [1, 1], and matrices with
+    a batch axis [B, 1, ..., n, d], so that all broadcast against [B, ..., S, d]. A `prompts_mask`
+    stays [n].
 
-    return jax.tree_util.tree_map_with_path(pick, tuning or {})
+    Raises:
+        ValueError: on a leaf that the format does not know, or of another rank or layer count.
+    """
+
+    def split(name, node, rank):
+        if isinstance(rank, dict) and isinstance(node, dict):
+            unknown = sorted(set(node) - set(rank))
+            if unknown:
+                raise ValueError(f"tuning {name or 'tree'} has unknown entries {unknown}; "
+                                 f"expected some of {[*rank]}")
+            parts = {k: split(f"{name}/{k}".strip("/"), v, rank[k]) for k, v in node.items()}
+            return [{k: part[i] for k, part in parts.items()} for i in range(layers)]
+        if isinstance(rank, dict) or isinstance(node, dict):
+            raise ValueError(f"tuning {name} is a {type(node).__name__}; see transformer.py")
+        batch = node.shape[:1] if node.ndim == rank + 2 and name != "prompts_mask" else ()
+        if node.ndim != len(batch) + 1 + rank or node.shape[len(batch)] != layers:
+            raise ValueError(f"tuning {name} has shape {node.shape}; expected [{layers} layers, "
+                             f"{rank} more axes], with or without a batch axis before them")
+        if name == "prompts_mask":
+            return list(node)
+        matrix = (1,) * (2 - rank) + node.shape[len(batch) + 1:]
+        shape = batch + (1,) * (ndim - 3) * len(batch) + matrix
+        return [(node[:, i] if batch else node[i]).reshape(shape) for i in range(layers)]
+
+    return split("", tuning or {}, _RANKS)
 
 
 def is_shallow(tuning: dict | None, layers: int) -> bool:
     """Whether the prompts of `tuning` enter at the first layer only (a layer axis of length 1)."""
     prompts = (tuning or {}).get("prompts")
-    if prompts is None or layers == 1:
-        return False
-    count = prompts.shape[-3]
-    if count not in (1, layers):
-        raise ValueError(f"prompts have {count} layers; expected {layers} (deep) or 1 (shallow)")
-    return count == 1
-
-
-def _per_example(leaf: jax.Array, rank: int, like: jax.Array) -> jax.Array:
-    """Puts axes behind the batch axis of `leaf`, if it has one, to broadcast against `like` [B, ..., S, d]."""
-    if leaf.ndim == rank:
-        return leaf
-    return leaf.reshape(leaf.shape[:1] + (1,) * (like.ndim - 3) + leaf.shape[1:])
-
-
-def _low_rank(x: jax.Array, lora: dict | None, name: str, like: jax.Array) -> jax.Array | float:
-    """x A B for the LoRA factors of the dense layer `name`, 0 without them; `like` are the tokens."""
-    if not lora or name not in lora:
-        return 0.0
-    a, b = (_per_example(lora[name][k].astype(x.dtype), 2, like) for k in ("a", "b"))
-    return (x @ a) @ b
-
-
-def _adapter_dense(x: jax.Array, p: dict) -> jax.Array:
-    kernel = _per_example(p["kernel"].astype(x.dtype), 2, x)
-    bias = p["bias"].astype(x.dtype)
-    return x @ kernel + (bias if bias.ndim == 1 else _per_example(bias[:, None], 2, x))
+    return prompts is not None and layers > 1 and prompts.ndim > 2 and prompts.shape[-3] == 1
 
 
 def attention(query, key, value, bias=None, mask=None):
@@ -142,36 +140,34 @@ class Block(nn.Module):
             x: [batch, ..., S, d].
             bias: attention bias, broadcastable to [..., h, S, S].
             mask: bool, broadcastable to [..., h, S, S].
-            tuning: of this layer (see `layer_tuning`).
+            tuning: of this layer, from `layer_tuning`.
             deterministic: False applies dropout with the 'dropout' key.
         """
-        c, tuning = self.config, tuning or {}
-        lora = tuning.get("lora")
+        c, tuning = self.config, jax.tree.map(self._cast, tuning or {})
+        lora = tuning.get("lora", {})
         norm1 = nn.LayerNorm(c.epsilon, dtype=c.dtype, name="norm1")
         norm2 = nn.LayerNorm(c.epsilon, dtype=c.dtype, name="norm2")
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
-        layers = {name: nn.Dense(width, dtype=c.dtype, name=name) for name, width in {
-            "query": c.width, "key": c.width, "value": c.width, "out": c.width,
-            "up": c.hidden, "down": c.width}.items()}
+        widths = dict.fromkeys(_DENSE, c.width) | {"up": c.hidden}
+        layers = {name: nn.Dense(w, dtype=c.dtype, name=name) for name, w in widths.items()}
 
         def dense(name, y):
-            return layers[name](y) + _low_rank(y, lora, name, x)
+            low_rank = (y @ lora[name]["a"]) @ lora[name]["b"] if name in lora else 0.0
+            return layers[name](y) + low_rank
 
         def attend(y):
             # Extra keys and values stand before those of the tokens; see the top of the file.
             keys, values, shown = [dense("key", y)], [dense("value", y)], []
             if "prompts" in tuning:
-                prompts = _per_example(tuning["prompts"].astype(c.dtype), 2, x)
+                prompts = tuning["prompts"]
                 prompts = norm1(prompts) if c.norm == "pre" else prompts
                 keys.insert(0, dense("key", prompts))
                 values.insert(0, dense("value", prompts))
                 shown.insert(0, tuning.get("prompts_mask", jnp.ones(prompts.shape[-2], bool)))
             if "prefix" in tuning:
-                prefix = {k: _per_example(p.astype(c.dtype), 2, x)
-                          for k, p in tuning["prefix"].items()}
-                keys.insert(0, prefix["key"])
-                values.insert(0, prefix["value"])
-                shown.insert(0, jnp.ones(prefix["key"].shape[-2], bool))
+                keys.insert(0, tuning["prefix"]["key"])
+                values.insert(0, tuning["prefix"]["value"])
+                shown.insert(0, jnp.ones(keys[0].shape[-2], bool))
             query, key, value = (
                 z.reshape(z.shape[:-1] + (c.heads, c.width // c.heads))
                 for z in (dense("query", y), _stack(keys, y), _stack(values, y)))
@@ -179,14 +175,14 @@ class Block(nn.Module):
             return dense("out", out.reshape(y.shape))
 
         def feed_forward(y):
-            return dense("down", ACTIVATIONS[c.activation](dense("up", y)))
+            return dense("down", nn.gelu(dense("up", y), approximate=False))
 
         def adapt(h):
             if "adapter" not in tuning:
                 return 0.0
-            adapter = tuning["adapter"]
-            z = _adapter_dense(nn.relu(_adapter_dense(h, adapter["down"])), adapter["up"])
-            return z * _per_example(adapter["scale"][..., None, None], 2, h).astype(h.dtype)
+            down, up, scale = (tuning["adapter"][k] for k in ("down", "up", "scale"))
+            z = nn.relu(h @ down["kernel"] + down["bias"])
+            return scale * (z @ up["kernel"] + up["bias"])
 
         if c.norm == "pre":
             h = x + drop(attend(norm1(x)))
@@ -194,9 +190,12 @@ class Block(nn.Module):
         h = norm1(x + drop(attend(x)))
         return norm2(h + drop(feed_forward(h)) + adapt(h))
 
+    def _cast(self, leaf):
+        return leaf if leaf.dtype == bool else leaf.astype(self.config.dtype)
+
 
 def _stack(parts: list, y: jax.Array) -> jax.Array:
-    """Concatenates on the token axis; parts without batch or window axes are broadcast to those of y."""
+    """Concatenates on the token axis; parts without batch or window axes get those of y."""
     if len(parts) == 1:
         return parts[0]
     return jnp.concatenate([jnp.broadcast_to(p, y.shape[:-2] + p.shape[-2:]) for p in parts], -2)
@@ -243,8 +242,8 @@ class Stack(nn.Module):
             mask = jnp.pad(mask, [(0, 0), (count, 0)], constant_values=True)
             tuning = {k: v for k, v in tuning.items() if k != "prompts"}
         hidden = [x]
-        for i in range(self.layers):
+        for i, own in enumerate(layer_tuning(tuning, self.layers, x.ndim)):
             x = Block(self.config, name=f"layer_{i:02d}")(
-                x, None, mask[:, None, None, :], layer_tuning(tuning, i), deterministic)
+                x, None, mask[:, None, None, :], own, deterministic)
             hidden.append(x)
         return [h[:, count:] for h in hidden]

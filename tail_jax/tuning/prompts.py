@@ -46,6 +46,9 @@ class PromptConfig:
                     f"prompts.{name} is {getattr(self, name)!r}; expected one of {list(allowed)}")
         if self.length < 1:
             raise ValueError(f"prompts.length is {self.length}; expected at least 1")
+        if self.depth == "shallow" and (self.first_layer or self.last_layer):
+            raise ValueError("prompts.depth 'shallow' enters at the first layer and flows on; "
+                             "leave prompts.first_layer and prompts.last_layer at 0")
 
 
 def _plan(config: PromptConfig, model):
@@ -71,6 +74,8 @@ def _plan(config: PromptConfig, model):
 def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     """{audio: [per stage [l, n, d]], pre, post: [per stage {w, b}], ...}, float32.
 
+    Stages without prompts (layer ranges) have an empty array and no maps.
+
     A ~ U(+-sqrt(6 / (p^2 + d_a))) with the patch size p (VPT's rule), W ~ N(0, 1/d_a), b = 0.
     """
     plan, text_layers, text_width = _plan(config, model)
@@ -90,18 +95,18 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     p = {"audio": audio}
     if common:
         p["stage"] = {str(s): linear(text_width, width)
-                      for s, (_, _, width) in enumerate(plan) if width != text_width}
+                      for s, (rows, _, width) in enumerate(plan) if rows and width != text_width}
     if config.coupling == "independent":
         bound = (6 / (model.audio.patch**2 + text_width)) ** 0.5
         shape = (text_layers, 2 * config.length, text_width)
         return p | {"text": jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)}
     for side in ("pre", "post"):
         if config.coupling == "per_layer":
-            p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio]
+            p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio if len(a)]
         elif common:
             p[side] = [linear(text_width, text_width)]
         else:
-            p[side] = [linear(a.shape[-1], text_width) for a in audio]
+            p[side] = [linear(a.shape[-1], text_width) for a in audio if len(a)]
     return p
 
 
@@ -111,32 +116,39 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
     Text layer l takes its prompts from the audio layer at the same relative depth (the same layer
     where both towers are equally deep, as in every preset).
     """
-    plan, text_layers, _ = _plan(config, model)
+    plan, text_layers, text_width = _plan(config, model)
+    covered = [s for s, (rows, _, _) in enumerate(plan) if rows]
     audio, masks, text = [], [], []
-    for s, (rows, layers, _) in enumerate(plan):
+    for s, (rows, layers, width) in enumerate(plan):
+        if not rows:
+            audio.append(jnp.zeros((layers, config.length, width)))
+            masks.append(jnp.zeros((layers, config.length), bool))
+            if config.coupling != "independent":
+                text.append(jnp.zeros((layers, 2 * config.length, text_width)))
+            continue
         a = p["audio"][s]
-        spread = lambda x: jnp.zeros((layers,) + x.shape[1:], x.dtype).at[rows.start:rows.stop].set(x)
-        masks.append(jnp.zeros((layers, config.length), bool).at[rows.start:rows.stop].set(True))
+        # Layers without prompts hold zeros, and the mask closes them.
+        around = (rows.start, layers - rows.stop)
+        spread = lambda x: jnp.pad(x, [around, (0, 0), (0, 0)])
+        masks.append(jnp.pad(jnp.ones((len(rows), config.length), bool), [around, (0, 0)]))
         if config.coupling != "independent":
-            pair = [_linear(a, p[side][s if len(p[side]) > 1 else 0]) for side in ("pre", "post")]
+            own = min(covered.index(s), len(p["pre"]) - 1)  # or the one pair of all stages
+            pair = [_linear(a, p[side][own]) for side in ("pre", "post")]
             text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, 2n, d_t]
         if str(s) in p.get("stage", {}):
             a = _linear(a, p["stage"][str(s)])
         audio.append(spread(a))
-    covered = all(len(rows) == layers for rows, layers, _ in plan)
-    one = len(plan) == 1
-    tuning = {"audio": {"prompts": audio[0] if one else audio}, "text": {}}
-    if config.coupling == "independent":
-        tuning["text"]["prompts"] = p["text"]
-    else:
+    tuning = {"audio": {"prompts": audio}, "text": {"prompts": p.get("text")}}
+    if text:
         source = jnp.concatenate(text)
-        pick = [l * source.shape[0] // text_layers for l in range(text_layers)]
-        tuning["text"]["prompts"] = source[jnp.asarray(pick)]
-    if not covered:
-        tuning["audio"]["prompts_mask"] = masks[0] if one else masks
-        if config.coupling != "independent":
-            shown = jnp.concatenate(masks)[jnp.asarray(pick)]
-            tuning["text"]["prompts_mask"] = jnp.concatenate([shown, shown], axis=1)
+        pick = jnp.arange(text_layers) * source.shape[0] // text_layers
+        tuning["text"]["prompts"] = source[pick]
+    if any(len(rows) < layers for rows, layers, _ in plan):
+        tuning["audio"]["prompts_mask"] = masks
+        if text:
+            tuning["text"]["prompts_mask"] = jnp.tile(jnp.concatenate(masks)[pick], (1, 2))
+    if len(plan) == 1:  # one stage: no list
+        tuning["audio"] = {name: stages[0] for name, stages in tuning["audio"].items()}
     return tuning
 
 
