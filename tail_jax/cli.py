@@ -31,9 +31,9 @@ def run(main: Callable[[], int | None]) -> None:
             rest = flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError,
                 ImportError) as error:
-            _fail(error)
+            fail(error)
         if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}; flags start with --")
+            fail(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
 
     def guarded(_):
@@ -43,16 +43,17 @@ def run(main: Callable[[], int | None]) -> None:
         except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             if os.environ.get("TAIL_JAX_TRACEBACK"):
                 raise
-            _fail(error)
+            fail(error)
 
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error) -> None:
+def fail(error, code: int = 2) -> None:
+    """Prints one line that begins with `error:` and exits."""
     text = " ".join(str(error.args[0] if isinstance(error, (KeyError, AttributeError)) and error.args
                         else error).split())
     print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def plain(config: Any) -> Any:
