@@ -16,15 +16,20 @@ class UserError(ValueError):
     """Something the user can mend; printed as one line."""
 
 
-def define_config() -> flags.FlagHolder:
+def define_config() -> None:
     """The --config flag (a file of `configs/`, with arguments after a colon)."""
-    return config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config", None, "Configuration file, e.g. configs/quickstart.py:method=ptat,seed=0; any "
         "field is set by --config.field=value.", lock_config=True)
+    flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2."""
+def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
+    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2.
+
+    Flags are defined here and not on import: several commands can be imported by one program.
+    """
+    define_flags()
 
     def parse(argv):
         try:

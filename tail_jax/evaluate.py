@@ -85,16 +85,20 @@ def text(report: dict) -> str:
 def main() -> None:
     """The command."""
     settings.start_jax()
-    report = evaluate(pathlib.Path(WORKDIR.value), SPLIT.value, TASK.value)
+    args = flags.FLAGS
+    report = evaluate(pathlib.Path(args.workdir), args.split, args.task)
     print(text(report))
-    if JSON.value:
-        write_json_atomic(pathlib.Path(JSON.value), report)
+    if args.json:
+        write_json_atomic(pathlib.Path(args.json), report)
 
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
-SPLIT = flags.DEFINE_enum("split", None, ["valid", "test"], "What to measure on.")
-TASK = flags.DEFINE_integer("task", None, "Number of tasks trained on; 0: the backbone alone.")
-JSON = flags.DEFINE_string("json", None, "Write the row to this file, too.")
+def define_flags() -> None:
+    """--workdir, --split, --task and --json."""
+    flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+    flags.DEFINE_enum("split", None, ["valid", "test"], "What to measure on.")
+    flags.DEFINE_integer("task", None, "Number of tasks trained on; 0: the backbone alone.")
+    flags.DEFINE_string("json", None, "Write the row to this file, too.")
+
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

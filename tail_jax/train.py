@@ -255,9 +255,9 @@ def summary(run: Run, state: State, progress: dict) -> dict:
 def main() -> None:
     """The command."""
     settings.start_jax()
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = pathlib.Path(flags.FLAGS.workdir)
     try:
-        results = train(cli.plain(CONFIG.value), workdir)
+        results = train(cli.plain(flags.FLAGS.config), workdir)
     except Diverged as error:
         cli.fail(error, 3)
     except Preempted:
@@ -268,9 +268,12 @@ def main() -> None:
     print(f"results: {workdir / 'results.json'}")
 
 
-CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; start again there to resume.")
-flags.mark_flags_as_required(["config", "workdir"])
+def define_flags() -> None:
+    """--config and --workdir."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run; start again there to resume.",
+                        required=True)
+
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

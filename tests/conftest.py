@@ -5,10 +5,26 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import pathlib
+import subprocess
+import sys
+
+import jax
 import pytest
 
-from tail_jax import cli
 from tests import tiny
+from tail_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(request):
+    """Compiled programs are kept between tests, processes and sessions: most of the time goes there."""
+    folder = str(request.config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +35,7 @@ def tiny_root(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config(tiny_root):
     """tiny_config(method="ptat", tasks=2, **{"train.duration": "3 steps"}) -> plain config."""
 
@@ -30,3 +46,17 @@ def tiny_config(tiny_root):
         return cli.plain(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_python(compilation_cache):
+    """run_python(*arguments, devices=1) -> the finished process, its output as text."""
+
+    def run(*arguments, devices=1, timeout=300):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, timeout=timeout)
+
+    return run
