@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 
 from absl import flags
 
-from tail_jax import cli, settings
+from tail_jax import cli, methods, settings
 from tail_jax.backbone import load_tuning
 from tail_jax.evaluation.retrieval import DIRECTIONS, METRICS, evaluate_row
 from tail_jax.reporting.writers import write_json_atomic
@@ -41,29 +40,27 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the --workdir of a run")
     config = json.loads(path.read_text())
-    split = split or config["eval"]["split"]
-    same_split = split == config["eval"]["split"]
-    config["eval"]["split"] = split
-    run = open_run(config, workdir)
-    if not run.method.trains:
-        last = len(run.stream.tasks)
-        known = range(last + 1)
-    else:
-        known = {0} | {int(re.sub(r"\D", "", file.stem))
+    trains = methods.build(config["method"]).trains
+    if trains:
+        known = {0} | {int(file.stem.removeprefix("task_"))
                        for file in (workdir / "tuning").glob("task_*.safetensors")}
-        last = max(known)
-    task = last if task is None else task
+    else:
+        known = set(range(len(config["stream"]["tasks"]) + 1))
+    task = max(known) if task is None else task
     if task not in known:
         raise ValueError(f"{workdir}: task {task} is not there; expected one of "
                          f"{', '.join(map(str, sorted(known)))}")
+    own_split = config["eval"]["split"]
+    config["eval"]["split"] = split = split or own_split
+    run = open_run(config, workdir)
     state = run.initial_state()
-    if task and run.method.trains:
+    if task and trains:
         file = workdir / "tuning" / f"task_{task}.safetensors"
         tree, _ = load_tuning(file, run.backbone)
         check_same_structure(state["trainable"], tree, str(file))
         state |= {"trainable": sharding.place(tree, run.mesh)}
     fresh = run.embed(state) if task else run.embed_backbone()
-    stale = run.galleries(task) if same_split else [None] * len(fresh)
+    stale = run.galleries(task) if split == own_split else [None] * len(fresh)
     return {"task": task, "split": split, "tasks": [t.name for t in run.stream.tasks],
             "row": evaluate_row(fresh, stale, task)}
 

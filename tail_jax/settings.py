@@ -13,6 +13,7 @@ from data_pipelines.augment import SpecAugment
 from data_pipelines.batches import DataSettings
 from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.log_mel import LogMelSettings
+from tail_jax.training.optimizers import OptimizerConfig, parse_duration
 
 
 def start_jax() -> None:
@@ -24,7 +25,7 @@ def start_jax() -> None:
 
 
 def check(config: dict, devices: int) -> None:
-    """Looks at the values that no constructor checks; `devices` is the mesh's `data` axis.
+    """Looks at the values before anything is read; `devices` is the mesh's `data` axis.
 
     Raises:
         ValueError: names the first field out of range, what it is and what is expected.
@@ -45,6 +46,8 @@ def check(config: dict, devices: int) -> None:
             accumulated = f" and {train['accumulation']} parts each" if parts != devices else ""
             raise ValueError(f"{name} is {value}, which {devices} devices of the data axis"
                              f"{accumulated} cannot share equally; expected a multiple of {parts}")
+    OptimizerConfig(**config["optimizer"])
+    parse_duration(train["duration"], 1, 1)
     if evaluation["split"] not in SPLIT_NAMES:
         raise ValueError(f"eval.split is {evaluation['split']!r}; expected one of "
                          f"{', '.join(SPLIT_NAMES)}")

@@ -16,9 +16,8 @@ from tail_jax.train import train
 from tail_jax.tuning.masks import apply_rules
 from tests.training import stepping
 
-CASES = [{"method": method, "mesh": mesh, "accumulation": parts}
-         for method in ("ptat", "sequential")
-         for mesh, parts in (([8, 1], 1), ([4, 2], 1), ([8, 1], 4))]
+CASES = [{"method": method, "mesh": mesh, "accumulation": parts} for method, mesh, parts in (
+    ("ptat", [8, 1], 4), ("ptat", [4, 2], 1), ("sequential", [8, 1], 1), ("sequential", [4, 2], 1))]
 NAMES = [f"{c['method']} {c['mesh'][0]}x{c['mesh'][1]} in {c['accumulation']}" for c in CASES]
 
 
