@@ -75,6 +75,9 @@ def load_backbone(directory) -> Backbone:
     model = DualEncoder.from_dict(header["model"])
     check_same_structure(jax.eval_shape(model.init, jax.random.key(0)), params,
                          str(directory / WEIGHTS))
+    if tree_hash(params) != header["sha256"]:
+        raise ValueError(f"{directory / WEIGHTS}: the values are not those that were saved, the "
+                         "file is damaged; copy it again")
     return Backbone(header["name"], model, params, header["front_end"], directory / TOKENIZER,
                     header["sha256"])
 

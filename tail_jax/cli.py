@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import sys
 from typing import Any, Callable
 
@@ -16,43 +17,71 @@ class UserError(ValueError):
     """Something the user can mend; printed as one line."""
 
 
-def define_config() -> flags.FlagHolder:
+def define_config() -> None:
     """The --config flag (a file of `configs/`, with arguments after a colon)."""
-    return config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_file(
         "config", None, "Configuration file, e.g. configs/quickstart.py:method=ptat,seed=0; any "
         "field is set by --config.field=value.", lock_config=True)
+    flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2."""
+def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
+    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2.
+
+    Flags are defined here and not on import: several commands can be imported by one program.
+    """
+    define_flags()
 
     def parse(argv):
         try:
+            _check_config_file(argv)
             rest = flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError,
                 ImportError) as error:
-            _fail(error)
+            fail(_flag_message(error, argv))
         if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}; flags start with --")
+            fail(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
 
     def guarded(_):
         logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
         try:
             return main()
-        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        except (ValueError, OSError) as error:
             if os.environ.get("TAIL_JAX_TRACEBACK"):
                 raise
-            _fail(error)
+            fail(error)
 
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(error) -> None:
-    text = " ".join(str(error.args[0] if isinstance(error, (KeyError, AttributeError)) and error.args
-                        else error).split())
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
+def fail(error, code: int = 2) -> None:
+    """Prints one line that begins with `error:` and exits."""
+    print("error:", *str(error).split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Left to ml_collections, a missing file shows itself on first use, as a traceback."""
+    for flag, value in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, joined = flag.lstrip("-").partition("=")
+        path = (joined if equals else value).partition(":")[0]
+        if flag.startswith("-") and name == "config" and not os.path.isfile(path):
+            raise UserError(f"--config: no file {path!r}; expected a configuration such as "
+                            "configs/quickstart.py")
+
+
+def _flag_message(error: Exception, argv: list[str]) -> str:
+    """What a user can use of an error that absl or ml_collections raised about flags."""
+    message = str(error)
+    if isinstance(error, (KeyError, AttributeError)):  # a misspelt field, deep in quotes
+        better = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
+        found = better[2] if better else next(iter(re.findall(r"\w+", message)), "")
+        flag = next((a.partition("=")[0] for a in argv if f".{found}" in a), found)
+        return f"{flag}: no such setting" + (f"; did you mean {better[1]!r}?" if better else "")
+    if "Traceback" in message:  # get_config raised; its own words are the last line
+        return re.sub(r"^ValueError: ", "", message.strip().splitlines()[-1])
+    return message
 
 
 def plain(config: Any) -> Any:

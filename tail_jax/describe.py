@@ -114,15 +114,17 @@ def text(report: dict) -> str:
 
 def main() -> None:
     """The command."""
-    report = describe(cli.plain(CONFIG.value))
+    report = describe(cli.plain(flags.FLAGS.config))
     print(text(report))
-    if JSON.value:
-        write_json_atomic(pathlib.Path(JSON.value), report)
+    if flags.FLAGS.json:
+        write_json_atomic(pathlib.Path(flags.FLAGS.json), report)
 
 
-CONFIG = cli.define_config()
-JSON = flags.DEFINE_string("json", None, "Write the report to this file, too.")
-flags.mark_flag_as_required("config")
+def define_flags() -> None:
+    """--config and --json."""
+    cli.define_config()
+    flags.DEFINE_string("json", None, "Write the report to this file, too.")
+
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -11,7 +11,9 @@ import numpy as np
 
 from data_pipelines.augment import SpecAugment
 from data_pipelines.batches import DataSettings
+from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.log_mel import LogMelSettings
+from tail_jax.training.optimizers import OptimizerConfig, parse_duration
 
 
 def start_jax() -> None:
@@ -20,6 +22,35 @@ def start_jax() -> None:
                            os.path.expanduser("~/.cache/tail_jax/compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check(config: dict, devices: int) -> None:
+    """Looks at the values before anything is read; `devices` is the mesh's `data` axis.
+
+    Raises:
+        ValueError: names the first field out of range, what it is and what is expected.
+    """
+    train, evaluation = config["train"], config["eval"]
+    for name, value, least in (
+            ("seed", config["seed"], 0), ("train.batch_size", train["batch_size"], 1),
+            ("train.accumulation", train["accumulation"], 1),
+            ("train.log_every", train["log_every"], 1),
+            ("train.save_seconds", train["save_seconds"], 0),
+            ("eval.batch_size", evaluation["batch_size"], 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")
+    for name, value, parts in (
+            ("train.batch_size", train["batch_size"], devices * train["accumulation"]),
+            ("eval.batch_size", evaluation["batch_size"], devices)):
+        if value % parts:
+            accumulated = f" and {train['accumulation']} parts each" if parts != devices else ""
+            raise ValueError(f"{name} is {value}, which {devices} devices of the data axis"
+                             f"{accumulated} cannot share equally; expected a multiple of {parts}")
+    OptimizerConfig(**config["optimizer"])
+    parse_duration(train["duration"], 1, 1)
+    if evaluation["split"] not in SPLIT_NAMES:
+        raise ValueError(f"eval.split is {evaluation['split']!r}; expected one of "
+                         f"{', '.join(SPLIT_NAMES)}")
 
 
 def data_settings(config: dict) -> DataSettings:

@@ -16,33 +16,28 @@ import platform
 import resource
 import sys
 import time
+from typing import Any, Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from data_pipelines.batches import SplitReader, merge_splits
-from data_pipelines.corpora import normalise_caption
-from data_pipelines.streams import build_stream
-from data_pipelines.text import Tokenizer
 from tail_jax import backbone as backbones
-from tail_jax import cli, methods, settings
+from tail_jax import cli, settings
 from tail_jax.evaluation.continual import summarize
-from tail_jax.evaluation.retrieval import TaskEmbeddings, evaluate_row
-from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
+from tail_jax.evaluation.retrieval import evaluate_row
+from tail_jax.methods.base import State
+from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting.writers import JsonLinesWriter, read_results, write_json_atomic
-from tail_jax.training import sharding, teacher
+from tail_jax.run import STEP_KEY, Run, open_run, read, stream_name
+from tail_jax.training import teacher
 from tail_jax.training.checkpoints import Checkpoints, save_tree
 from tail_jax.training.embedder import Embedder
-from tail_jax.training.loop import Preempted, TaskLoop, watch_signals
+from tail_jax.training.loop import Diverged, Preempted, TaskLoop, watch_signals
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, parse_duration
-from tail_jax.training.step import cast_frozen, make_train_step
+from tail_jax.training.step import make_train_step
 from tail_jax.tuning.masks import count
-
-# PRNG streams of a run; each is folded into the key of its seed.
-INIT_KEY, STEP_KEY = 0, 1
 
 
 def train(config: dict, workdir: pathlib.Path) -> dict:
@@ -59,252 +54,192 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         return read_results(workdir)
     began = time.monotonic()
 
-    # --- Devices, stream, backbone ------------------------------------------------------------
-    mesh = sharding.make_mesh(**config["mesh"])
-    method = methods.build(config["method"])
-    stream = build_stream(settings.stream_spec(config))
-    backbone = prepare_backbone(config, stream, workdir)
-    model, tokenizer = backbone.model, Tokenizer.load(backbone.tokenizer)
-    data = settings.data_settings(config["data"])
-    read = lambda split: SplitReader(split, tokenizer, data)
-    tests = [read(getattr(task, config["eval"]["split"])) for task in stream.tasks]
-    trains = [read(task.train) for task in stream.tasks] if method.trains else []
-    report_skipped(trains + tests)
+    # --- Devices, stream, backbone, method; what is trained on, in which order ----------------
+    run = open_run(config, workdir, pretrain=train)
+    plan = make_plan(run)
+    state = run.initial_state()
+    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), run.method,
+                               state["trainable"])
+    step = make_train_step(run.model, run.method, optimizer, run.mesh, state["trainable"],
+                           run.frozen, config["train"]["accumulation"])
+    opt_state = step.init_optimizer(state["trainable"])
 
-    # --- The method: state beside a frozen backbone -------------------------------------------
-    key = jax.random.key(config["seed"])
-    state = method.init(jax.random.fold_in(key, INIT_KEY), model, backbone.params)
-    frozen = cast_frozen(method.frozen(backbone.params), model.dtype)
-    frozen = sharding.put_tree(frozen, sharding.parameter_shardings(frozen, mesh))
-    state = place(state, mesh)
-    batch_size, tc = config["train"]["batch_size"], config["train"]
-    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), method, state["trainable"])
-    mask = method.update_mask(state)
-    step = make_train_step(model, method, optimizer, mesh, state["trainable"], frozen,
-                           tc["accumulation"])
-    embedder = Embedder(model, method, mesh, config["eval"]["batch_size"])
-
-    # --- The plan: what is trained on, and which row of the matrices follows ------------------
-    steps = [parse_duration(tc["duration"], len(r.pairs), batch_size) for r in trains]
-    if not method.trains:
-        plan = [(task.name, None, 0) for task in stream.tasks]
-    elif method.joint:
-        merged = read(merge_splits([task.train for task in stream.tasks]))
-        plan = [("+".join(task.name for task in stream.tasks), merged, sum(steps))]
-    else:
-        plan = [(task.name, reader, n) for task, reader, n in zip(stream.tasks, trains, steps)]
-    rows_after = [len(stream.tasks)] if method.joint else list(range(1, len(plan) + 1))
-
-    # --- Resume -------------------------------------------------------------------------------
+    # --- Resume ---------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints")
-    opt_state = jax.jit(optimizer.init)(state["trainable"])
     progress = checkpoints.progress() or {
         "number": 0, "task": 0, "step": 0, "global_step": 0, "rows": {}, "train_seconds": {},
-        "evaluation_seconds": 0.0}
+        "evaluation_seconds": 0.0, "total_seconds": 0.0}
     if progress["number"]:
-        restored = checkpoints.restore(pack(state, opt_state))
-        state, opt_state = unpack(restored, opt_state)
+        state, opt_state = unpack(checkpoints.restore(pack(state, opt_state)), opt_state)
         print(f"{workdir}: resumes at task {progress['task'] + 1}, step {progress['step']}",
               file=sys.stderr)
     metrics = JsonLinesWriter(workdir / "metrics.jsonl", resume_step=progress["global_step"])
+    seconds_before = progress["total_seconds"]
+    total_seconds = lambda: seconds_before + time.monotonic() - began
 
-    def save(state, opt_state, **changes):
-        progress.update(changes, number=progress["number"] + 1)
+    def save(state: State, opt_state: Any, **changes) -> None:
+        progress.update(changes, number=progress["number"] + 1, total_seconds=total_seconds())
         checkpoints.save(progress["number"], pack(state, opt_state), progress)
-
-    def measure(row: int, trainable, aux, embedder=embedder, frozen=frozen) -> None:
-        start = time.monotonic()
-        fresh = []
-        for task, reader in enumerate(tests):
-            fresh.append(TaskEmbeddings(
-                embedder.audio(reader, trainable, frozen, aux),
-                embedder.text(reader, trainable, frozen, aux), reader.split.caption_clip,
-                [normalise_caption(c) for c in reader.split.captions]))
-        folder = workdir / "galleries"
-        if row and not method.joint:
-            save_tree(folder / f"task_{row}.safetensors",
-                      {"audio": fresh[row - 1].audio, "text": fresh[row - 1].text},
-                      {"kind": "gallery", "task": stream.tasks[row - 1].name})
-        stale = [load_gallery(folder / f"task_{j + 1}.safetensors") if j < row and not method.joint
-                 else None for j in range(len(tests))]
-        progress["rows"][str(row)] = evaluate_row(fresh, stale, row)
-        progress["evaluation_seconds"] += time.monotonic() - start
 
     with watch_signals() as stop:
         # --- Before the first task: the pretrained model alone ---------------------------------
         if not progress["rows"]:
-            bare = methods.build(methods.defaults("frozen"))
-            params = sharding.put_tree(
-                backbone.params, sharding.parameter_shardings(backbone.params, mesh))
-            measure(0, {}, {}, Embedder(model, bare, mesh, config["eval"]["batch_size"]), params)
-            del params
+            measure(run, progress, 0, run.embed_backbone)
             save(state, opt_state)
 
-        # --- Tasks ------------------------------------------------------------------------------
-        for task in range(progress["task"], len(plan)):
-            name, reader, total = plan[task]
+        # --- Tasks --------------------------------------------------------------------------------
+        for number in range(progress["task"], len(plan)):
+            task = plan[number]
             if progress["step"] == 0:
-                state = method.begin_task(state, task)
-                opt_state = jax.jit(optimizer.init)(state["trainable"])
-            if total:
-                start_seconds = progress["train_seconds"].get(name, 0.0)
-                start = time.monotonic()
-                elapsed = lambda: start_seconds + time.monotonic() - start
-                before = progress["global_step"] - progress["step"]
-                batches = training_batches(config, method, reader, embedder, state, frozen, task,
-                                           progress["step"])
-                loop = TaskLoop(
-                    step, mesh, jax.random.fold_in(jax.random.fold_in(key, STEP_KEY), task),
-                    write=lambda n, values: metrics.write(before + n, task=name, **values),
-                    save=lambda n, trainable, opt: save(
-                        state | {"trainable": trainable}, opt, step=n, global_step=before + n,
-                        train_seconds=progress["train_seconds"] | {name: elapsed()}),
-                    stop=stop, log_every=tc["log_every"], save_seconds=tc["save_seconds"])
-                trainable, opt_state = loop.run(
-                    f"{config['method']['name']}: {name}", batches, state["trainable"], opt_state,
-                    frozen, state["aux"], mask, progress["step"], total)
-                state = state | {"trainable": trainable}
-                progress["train_seconds"][name] = elapsed()
-                progress["global_step"] = before + total
-            state = method.end_task(state, task)
-            measure(rows_after[task], state["trainable"], state["aux"])
-            header = {"kind": "tuning", "method": config["method"], "task": name,
-                      "backbone": backbone.name, "backbone_sha256": backbone.sha256,
-                      "model": model.to_dict()}
-            if method.trains:
-                save_tree(workdir / "tuning" / f"task_{rows_after[task]}.safetensors",
-                          jax.device_get(state["trainable"]), header)
-            save(state, opt_state, task=task + 1, step=0)
-            if stop() and task + 1 < len(plan):
+                state = run.begin_task(state, number)
+                opt_state = step.init_optimizer(state["trainable"])
+            if task.steps:
+                state, opt_state = train_task(run, task, number, state, opt_state, step, progress,
+                                              metrics.write, save, stop)
+            state = run.method.end_task(state, number)
+            measure(run, progress, task.row, lambda: run.embed(state))
+            if run.method.trains:
+                save_tuning(run, task, state["trainable"])
+            save(state, opt_state, task=number + 1, step=0)
+            if stop() and number + 1 < len(plan):
                 raise Preempted(143)
     metrics.close()
     checkpoints.close()
 
-    # --- Results ------------------------------------------------------------------------------
-    if method.trains and not method.frozen(backbone.params):
-        params = jax.device_get(method.resolve(model, state["trainable"], {})[0])
-        backbones.save_backbone(workdir / "backbone", config["method"]["name"], model, params,
-                                backbone.front_end, backbone.tokenizer)
-    results = summary(config, stream, backbone, state, progress, len(tests))
+    # --- Results ----------------------------------------------------------------------------------
+    if run.method.trains and not run.frozen:  # the backbone itself was trained
+        params, _ = run.method.resolve(run.model, jax.device_get(state["trainable"]), {})
+        backbones.save_backbone(workdir / "backbone", config["method"]["name"], run.model, params,
+                                run.backbone.front_end, run.backbone.tokenizer)
+    results = summary(run, state, progress)
     results["trace_count"] = step.traces
-    results["wall_seconds"]["total"] = time.monotonic() - began
+    results["wall_seconds"]["total"] = total_seconds()
     write_json_atomic(workdir / "results.json", results)
     return read_results(workdir)
 
 
-def prepare_backbone(config: dict, stream, workdir: pathlib.Path) -> backbones.Backbone:
-    """The backbone that `config.backbone` asks for: from a folder, pretrained here, or random.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One training of the plan.
 
-    Pretraining is a run of `train` in a folder named by the hash of everything it depends on, so
-    it happens once, and resumes when killed.
+    Attributes:
+        name: of the task, or of all tasks joined by +.
+        reader: its training split; None where nothing is trained.
+        steps: to train.
+        row: of the result matrices that is measured afterwards, the number of tasks seen.
+        cache_teacher: the teacher's embeddings are computed once for the task.
     """
-    kind, front_end = config["backbone"]["kind"], backbones.front_end_of(config["data"])
-    if kind == "checkpoint":
-        if not config["backbone"]["path"]:
-            raise ValueError("backbone.path is empty; pass --config.backbone.path=DIR, a backbone "
-                             "folder such as WORKDIR/backbone of a pretraining run")
-        backbone = backbones.load_backbone(config["backbone"]["path"])
-        if backbone.front_end != front_end:
-            raise ValueError(f"{config['backbone']['path']}: made for the front end "
-                             f"{backbone.front_end}, config.data says {front_end}")
-        return backbone
-    if kind == "pretrain":
-        inner = config | config["backbone"]["pretrain"] | {
-            "backbone": {"kind": "random", "path": "", "pretrain": {}}}
-        inner["stream"] = inner["stream"] | {"limit": 0}
-        base = build_stream(settings.stream_spec(inner))
-        digest = backbones.content_hash(
-            {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval")}, front_end,
-            settings.corpus_hash(base))
-        folder = pathlib.Path(config["data"]["cache_dir"]) / "backbones" / digest
-        if not (folder / "backbone" / backbones.WEIGHTS).exists():
-            print(f"pretraining the backbone in {folder} (once)", file=sys.stderr)
-            train(inner, folder)
-        return dataclasses.replace(backbones.load_backbone(folder / "backbone"),
-                                   name=f"{stream_name(inner)}-{digest}")
-    if kind != "random":
-        raise ValueError(f"backbone.kind is {kind!r}; expected checkpoint, pretrain or random")
-    model = DualEncoder.from_dict(config["model"])
-    captions = [caption for task in stream.tasks for caption in task.train.captions]
-    tokenizer = Tokenizer.train(captions, model.text.vocab_size)
-    tokenizer.save(workdir / "tokenizer.json")
-    data = settings.data_settings(config["data"])
-    mean, var = settings.mel_statistics(
-        SplitReader(stream.tasks[0].train, tokenizer, data), config["eval"]["batch_size"])
-    return backbones.random_backbone(model, config["seed"], front_end, workdir / "tokenizer.json",
-                                     mean, var)
+
+    name: str
+    reader: SplitReader | None
+    steps: int
+    row: int
+    cache_teacher: bool = False
 
 
-def stream_name(config: dict) -> str:
-    """The name of the stream, for people."""
-    return config["stream"]["name"] or config["stream"]["kind"]
+def make_plan(run: Run) -> list[Task]:
+    """What a method is trained on, in order: every task, all of them at once, or nothing."""
+    tasks, schedule = run.stream.tasks, run.config["train"]
+    if not run.method.trains:
+        return [Task(task.name, None, 0, row) for row, task in enumerate(tasks, 1)]
+    reader = lambda split: read(run.config, run.backbone.tokenizer, split)
+    readers = [reader(task.train) for task in tasks]
+    steps = [parse_duration(schedule["duration"], len(r.pairs),
+                            schedule["batch_size"]) for r in readers]
+    if run.method.joint:
+        merged = reader(merge_splits([task.train for task in tasks]))
+        return [Task("+".join(task.name for task in tasks), merged, sum(steps), len(tasks))]
+    # One answer for all tasks: batches with and without a teacher are two programs.
+    cache = (run.method.has_teacher and schedule["cache_teacher"]
+             and all(r.fixed_inputs for r in readers))
+    return [Task(task.name, r, n, row, cache)
+            for row, (task, r, n) in enumerate(zip(tasks, readers, steps), 1)]
 
 
-def training_batches(config, method, reader, embedder, state, frozen, task, start_step):
-    """The batches of a task from `start_step` on, with the teacher's embeddings where they can be kept."""
-    seed = int(np.random.SeedSequence([config["seed"], task]).generate_state(1)[0])
-    batches = reader.train_batches(config["train"]["batch_size"], seed, start_step,
-                                   jax.process_index(), jax.process_count())
-    if not (method.has_teacher and config["train"]["cache_teacher"] and reader.fixed_inputs):
+def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, step,
+               progress: dict, write: Callable, save: Callable, stop: Callable):
+    """Trains on task `number` from step progress['step'] on; returns (state, opt_state)."""
+    earlier, start = progress["train_seconds"].get(task.name, 0.0), time.monotonic()
+    seconds = lambda: progress["train_seconds"] | {task.name: earlier + time.monotonic() - start}
+    before = progress["global_step"] - progress["step"]
+    loop = TaskLoop(
+        step, run.mesh, jax.random.fold_in(jax.random.fold_in(run.key, STEP_KEY), number),
+        write=lambda n, values: write(before + n, task=task.name, **values),
+        save=lambda n, trainable, opt_state: save(
+            state | {"trainable": trainable}, opt_state, step=n, global_step=before + n,
+            train_seconds=seconds()),
+        stop=stop, clip_name=lambda row: task.reader.split.clips[row].id,
+        log_every=run.config["train"]["log_every"],
+        save_seconds=run.config["train"]["save_seconds"])
+    trainable, opt_state = loop.run(
+        f"{run.config['method']['name']}: {task.name}",
+        training_batches(run, task, number, state, progress["step"]), state["trainable"],
+        opt_state, run.frozen, state["aux"], run.method.update_mask(state), progress["step"],
+        task.steps)
+    progress.update(train_seconds=seconds(), global_step=before + task.steps)
+    return state | {"trainable": trainable}, opt_state
+
+
+def training_batches(run: Run, task: Task, number: int, state: State, start_step: int):
+    """The batches of a task from `start_step` on, with the teacher's embeddings where they keep."""
+    seed = int(np.random.SeedSequence([run.config["seed"], number]).generate_state(1)[0])
+    batches = task.reader.train_batches(run.config["train"]["batch_size"], seed, start_step,
+                                        jax.process_index(), jax.process_count())
+    if not task.cache_teacher:
         return batches
-    old, aux = state["aux"]["teacher"], state["aux"]
-    return teacher.cached(batches, embedder.audio(reader, old, frozen, aux, training=True),
-                          embedder.text(reader, old, frozen, aux))
+    embedder = Embedder(run.model, run.method, run.mesh, run.config["eval"]["batch_size"])
+    args = state["aux"]["teacher"], run.frozen, state["aux"]
+    return teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
+                          embedder.text(task.reader, *args))
 
 
-def place(state, mesh):
-    """The state on the mesh: the trainable tree by the rules, everything else on every device."""
-    small = sharding.put_tree(state["trainable"],
-                              sharding.parameter_shardings(state["trainable"], mesh))
-    here = sharding.replicated(mesh)
-    return state | {"trainable": small, "aux": jax.tree.map(
-        lambda x: jax.device_put(np.array(x), here), state["aux"])}
+def measure(run: Run, progress: dict, row: int, embed: Callable) -> None:
+    """Adds row `row` of every result matrix to the progress."""
+    start = time.monotonic()
+    fresh = embed()
+    if row and not run.method.joint:
+        run.keep_gallery(row, fresh[row - 1])
+    progress["rows"][str(row)] = evaluate_row(fresh, run.galleries(row), row)
+    progress["evaluation_seconds"] += time.monotonic() - start
 
 
-def pack(state, opt_state):
+def save_tuning(run: Run, task: Task, trainable) -> None:
+    """Writes what was learned so far, with the backbone it belongs to."""
+    header = {"kind": "tuning", "method": run.config["method"], "task": task.name,
+              "backbone": run.backbone.name, "backbone_sha256": run.backbone.sha256,
+              "model": run.model.to_dict()}
+    save_tree(run.workdir / "tuning" / f"task_{task.row}.safetensors", jax.device_get(trainable),
+              header)
+
+
+def pack(state: State, opt_state: Any) -> dict:
     """What a checkpoint holds; the optimizer's state as a plain list of arrays."""
     return {"state": state, "optimizer": jax.tree.leaves(opt_state)}
 
 
-def unpack(packed, opt_state):
+def unpack(packed: dict, opt_state: Any) -> tuple[State, Any]:
     """(state, optimizer state) of what `pack` made."""
     treedef = jax.tree.structure(opt_state)
     return packed["state"], jax.tree.unflatten(treedef, packed["optimizer"])
 
 
-def load_gallery(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """(audio, text) embeddings of a test set as stored at the end of its task."""
-    tree, _ = backbones.load_tree(path)
-    return tree["audio"], tree["text"]
-
-
-def report_skipped(readers) -> None:
-    """Counts and lists clips left out because of `data.on_error=skip`."""
-    for reader in readers:
-        for problem in reader.problems:
-            print(f"skipped {reader.split.corpus}/{reader.split.name}: {problem.message}",
-                  file=sys.stderr)
-        if reader.problems:
-            print(f"skipped {len(reader.problems)} clips of {reader.split.corpus}/"
-                  f"{reader.split.name}", file=sys.stderr)
-
-
-def summary(config, stream, backbone, state, progress, tasks: int) -> dict:
+def summary(run: Run, state: State, progress: dict) -> dict:
     """`results.json`: matrices with a row for each number of tasks done, and what follows from them."""
     measured = {int(row): values for row, values in progress["rows"].items()}
-    names = [task.name for task in stream.tasks]
-    matrices = {key: [measured[row][key] if row in measured else [None] * tasks
-                      for row in range(tasks + 1)] for key in measured[0]}
+    names = [task.name for task in run.stream.tasks]
+    matrices = {key: [measured[row][key] if row in measured else [None] * len(names)
+                      for row in range(len(names) + 1)] for key in measured[0]}
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
+    total = count(run.backbone.params, BUFFERS)
     return {
-        "schema": 1, "method": config["method"]["name"], "stream": stream_name(config),
-        "tasks": names, "seed": config["seed"], "order": names,
-        "evaluation_split": config["eval"]["split"],
-        "backbone": {"name": backbone.name, "sha256": backbone.sha256,
-                     "parameters": count(backbone.params, BUFFERS)},
+        "schema": 1, "method": run.config["method"]["name"], "stream": stream_name(run.config),
+        "tasks": names, "seed": run.config["seed"], "order": names,
+        "evaluation_split": run.config["eval"]["split"],
+        "backbone": {"name": run.backbone.name, "sha256": run.backbone.sha256,
+                     "parameters": total},
         "trainable_parameters": count(state["trainable"], BUFFERS),
-        "total_parameters": count(backbone.params, BUFFERS),
+        "total_parameters": total,
         "matrices": matrices, "summary": summarize(matrices),
         "wall_seconds": {"train": progress["train_seconds"],
                          "evaluate": progress["evaluation_seconds"]},
@@ -320,15 +255,25 @@ def summary(config, stream, backbone, state, progress, tasks: int) -> dict:
 def main() -> None:
     """The command."""
     settings.start_jax()
-    config = cli.plain(CONFIG.value)
-    results = train(config, pathlib.Path(WORKDIR.value))
+    workdir = pathlib.Path(flags.FLAGS.workdir)
+    try:
+        results = train(cli.plain(flags.FLAGS.config), workdir)
+    except Diverged as error:
+        cli.fail(error, 3)
+    except Preempted:
+        print(f"{workdir}: stopped by a signal, the state is saved; the same command resumes",
+              file=sys.stderr)
+        raise
     print(results["summary"]["text_to_audio/R@1/own/fresh"])
-    print(f"results: {pathlib.Path(WORKDIR.value) / 'results.json'}")
+    print(f"results: {workdir / 'results.json'}")
 
 
-CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; start again there to resume.")
-flags.mark_flags_as_required(["config", "workdir"])
+def define_flags() -> None:
+    """--config and --workdir."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run; start again there to resume.",
+                        required=True)
+
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

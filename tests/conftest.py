@@ -1,7 +1,66 @@
-"""Fixtures for all tests."""
+"""Settings and fixtures of all tests."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
+
+from tests import tiny
+from tail_jax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(request):
+    """Compiled programs are kept between tests, processes and sessions: most of the time goes there."""
+    folder = str(request.config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory):
+    """The folder that holds the caption folders of `tests/tiny.py`."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.write_folders(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_root):
+    """tiny_config(method="ptat", tasks=2, **{"train.duration": "3 steps"}) -> plain config."""
+
+    def make(method="ptat", seed=0, tasks=3, **fields):
+        config = tiny.get_config(f"method={method},seed={seed},root={tiny_root},tasks={tasks}")
+        with config.unlocked():
+            config.update_from_flattened_dict(fields)
+        return cli.plain(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_python(compilation_cache):
+    """run_python(*arguments, devices=1) -> the finished process, its output as text."""
+
+    def run(*arguments, devices=1, timeout=300):
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+            + " --xla_backend_optimization_level=0" * (devices > 1)}  # compiles in half the time
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, timeout=timeout)
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ class TaskLoop:
         write: called with (step, metrics) every `log_every` steps and at the last.
         save: called with (step, trainable, opt_state) to write a checkpoint.
         stop: tells whether to save and leave.
+        clip_name: name of a `clip_id`, for messages.
         log_every: steps between metrics on disk.
         save_seconds: longest time between checkpoints.
     """
@@ -103,6 +104,7 @@ class TaskLoop:
     write: Callable[[int, dict], None]
     save: Callable[[int, Any, Any], None]
     stop: Callable[[], bool]
+    clip_name: Callable[[int], str] = str
     log_every: int = 10
     save_seconds: float = 300.0
 
@@ -121,14 +123,12 @@ class TaskLoop:
         def settle(keep: int) -> None:
             # Metrics are read a step late, so that the device never waits for the host.
             while len(pending) > keep:
-                number, metrics, names = pending.popleft()
+                number, metrics, batch = pending.popleft()
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                bad = [k for k, v in values.items() if not np.isfinite(v)]
+                bad = [f"{k} is {v}" for k, v in values.items() if not np.isfinite(v)]
                 if bad:
-                    raise Diverged(
-                        f"{title}: {bad[0]} is {values[bad[0]]} at step {number + 1}; the batch "
-                        f"holds clips {', '.join(names[:5])}, ... The last good checkpoint is "
-                        "kept; lower the learning rate and start in a new workdir")
+                    raise Diverged(f"{title}: {', '.join(bad)} at step {number + 1}; "
+                                   f"{self._suspects(batch)}; the last good checkpoint is kept")
                 if (number + 1) % self.log_every == 0 or number + 1 == total:
                     self.write(number + 1, values)
                 progress.update(number + 1, values["loss"])
@@ -136,12 +136,11 @@ class TaskLoop:
         try:
             for number in range(start, total):
                 batch = next(batches)
-                names = batch.get("clip_name", batch["clip_id"])
                 position = jnp.asarray([number, total], jnp.int32)
                 device_batch = put_batch({k: batch[k] for k in STEP_KEYS if k in batch}, self.mesh)
                 trainable, opt_state, metrics = self.step(
                     trainable, opt_state, frozen, aux, mask, device_batch, self.key, position)
-                pending.append((number, metrics, [str(n) for n in names[:5]]))
+                pending.append((number, metrics, batch))
                 settle(keep=1)
                 due = time.monotonic() - saved > self.save_seconds
                 if due or self.stop():
@@ -154,3 +153,15 @@ class TaskLoop:
         finally:
             progress.close()
         return trainable, opt_state
+
+    def _suspects(self, batch: dict[str, np.ndarray]) -> str:
+        """What of a batch that went wrong may be to blame."""
+        real = batch["mask"]
+        broken = real & ~np.isfinite(batch["audio"]).all(axis=(1, 2))
+        rows = broken if broken.any() else real
+        names = list(dict.fromkeys(self.clip_name(int(i)) for i in batch["clip_id"][rows]))
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        if broken.any():
+            return f"the audio features of clips {listed} are not finite; mend or remove them"
+        return (f"its batch holds clips {listed}; lower the learning rate and start in a new "
+                "workdir")

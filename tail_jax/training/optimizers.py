@@ -21,7 +21,7 @@ def parse_duration(text: str, examples: int, batch_size: int) -> int:
     Raises:
         ValueError: unless it is one positive number and one of the three units.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s+(step|epoch|example)s?\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s+(step|epoch|example)s?\s*", text)
     if not match or float(match[1]) <= 0:
         raise ValueError(f"train.duration is {text!r}; expected a number and one of steps, epochs "
                          "or examples, for example '10 epochs'")
@@ -57,6 +57,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     clip: float = 1.0
     warmup: float = 0.1
+
+    def __post_init__(self):
+        for name, least, below in (("b1", 0, 1), ("b2", 0, 1), ("warmup", 0, 1),
+                                   ("epsilon", 0, float("inf")), ("clip", 0, float("inf"))):
+            if not least <= getattr(self, name) < below:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; expected at least "
+                                 f"{least} and less than {below}")
 
 
 @dataclasses.dataclass(frozen=True)

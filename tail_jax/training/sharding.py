@@ -34,6 +34,8 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
         ValueError: if the product is not the number of devices.
     """
     count = jax.device_count()
+    if model < 1 or data == 0 or data < -1:
+        raise ValueError(f"mesh is {data} x {model}; expected positive numbers (data=-1 fills up)")
     data = count // model if data == -1 else data
     if data * model != count:
         raise ValueError(f"mesh is {data} x {model} but there are {count} devices; set mesh.data "
@@ -63,6 +65,11 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays from this host's rows of a batch."""
     sharding = by_row(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def place(tree, mesh: Mesh):
+    """Copies a tree to the devices by `PARAMETER_RULES`."""
+    return put_tree(tree, parameter_shardings(tree, mesh))
 
 
 def put_tree(tree, shardings):

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from tail_jax.models.dual_encoder import BUFFERS
@@ -24,10 +25,13 @@ class TrainStep:
 
     Attributes:
         function: the jitted step.
+        init_optimizer: trainable -> fresh opt_state, placed as the step returns it (an array that
+            lies elsewhere would have the step traced and compiled again).
         traces: how often it was traced; more than once a run is a bug.
     """
 
     function: Any = None
+    init_optimizer: Any = None
     traces: int = 0
 
     def __call__(self, *args):
@@ -77,12 +81,19 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         trainable, opt_state, norm = optimizer.update(
             gradients, opt_state, trainable, mask, position[0], position[1])
-        return trainable, opt_state, metrics | {"loss": value, "gradient_norm": norm}
+        # The norm after the update, so that finite metrics mean a state that can be kept.
+        return trainable, opt_state, metrics | {
+            "loss": value, "gradient_norm": norm, "parameter_norm": optax.global_norm(trainable)}
 
     here, rows = replicated(mesh), by_row(mesh)
     small = parameter_shardings(trainable, mesh)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer.init, lambda _, where: where, jax.eval_shape(optimizer.init, trainable), small,
+        transform_non_params=lambda _: here)
+    result.init_optimizer = jax.jit(optimizer.init, out_shardings=moments)
     result.function = jax.jit(
         step, donate_argnums=(0, 1),
-        in_shardings=(small, None, parameter_shardings(frozen, mesh), None, here, rows, here, here),
-        out_shardings=(small, None, here))
+        in_shardings=(small, moments, parameter_shardings(frozen, mesh), None, here, rows, here,
+                      here),
+        out_shardings=(small, moments, here))
     return result

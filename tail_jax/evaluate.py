@@ -1,0 +1,101 @@
+"""Measures a run again: one row of its result matrices, on its test or validation split.
+
+    python -m tail_jax.evaluate --workdir=DIR [--split=valid] [--task=2] [--json=FILE]
+
+The run may be finished or still be training. Nothing in its folder changes.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from absl import flags
+
+from tail_jax import cli, methods, settings
+from tail_jax.backbone import load_tuning
+from tail_jax.evaluation.retrieval import DIRECTIONS, METRICS, evaluate_row
+from tail_jax.reporting.writers import write_json_atomic
+from tail_jax.run import open_run
+from tail_jax.training import sharding
+from tail_jax.training.checkpoints import check_same_structure
+
+
+def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None = None) -> dict:
+    """One row of the result matrices of the run in `workdir`.
+
+    Args:
+        workdir: of a run that has begun.
+        split: "valid" or "test"; by default the one that the run measures.
+        task: number of tasks trained on, 0 is the pretrained model; by default the last there is.
+
+    Returns:
+        {"task": m, "split": ..., "tasks": [...], "row": {direction/metric/pool/index: [...]}}.
+        Stale galleries exist for the split that the run measures only.
+
+    Raises:
+        ValueError: if there is no such run or task, or its files are damaged or of another run.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the --workdir of a run")
+    config = json.loads(path.read_text())
+    trains = methods.build(config["method"]).trains
+    if trains:
+        known = {0} | {int(file.stem.removeprefix("task_"))
+                       for file in (workdir / "tuning").glob("task_*.safetensors")}
+    else:
+        known = set(range(len(config["stream"]["tasks"]) + 1))
+    task = max(known) if task is None else task
+    if task not in known:
+        raise ValueError(f"{workdir}: task {task} is not there; expected one of "
+                         f"{', '.join(map(str, sorted(known)))}")
+    own_split = config["eval"]["split"]
+    config["eval"]["split"] = split = split or own_split
+    run = open_run(config, workdir)
+    state = run.initial_state()
+    if task and trains:
+        file = workdir / "tuning" / f"task_{task}.safetensors"
+        tree, _ = load_tuning(file, run.backbone)
+        check_same_structure(state["trainable"], tree, str(file))
+        state |= {"trainable": sharding.place(tree, run.mesh)}
+    fresh = run.embed(state) if task else run.embed_backbone()
+    stale = run.galleries(task) if split == own_split else [None] * len(fresh)
+    return {"task": task, "split": split, "tasks": [t.name for t in run.stream.tasks],
+            "row": evaluate_row(fresh, stale, task)}
+
+
+def text(report: dict) -> str:
+    """The report for a terminal: rates in percent, ranks as they are."""
+    lines = [f"after task {report['task']}, {report['split']} split", "",
+             f"{'direction':<15}{'pool':<7}{'task':<20}" + "".join(f"{m:>8}" for m in METRICS)]
+    for direction in DIRECTIONS:
+        for pool in ("own", "all"):
+            for column, name in enumerate(report["tasks"]):
+                values = [report["row"][f"{direction}/{m}/{pool}/fresh"][column] for m in METRICS]
+                shown = "".join(f"{v if m == 'MedR' else 100 * v:>8.1f}"
+                                for m, v in zip(METRICS, values))
+                lines.append(f"{direction:<15}{pool:<7}{name:<20}{shown}")
+    return "\n".join([*lines, "", "own: among the clips and captions of the task; all: of all tasks"])
+
+
+def main() -> None:
+    """The command."""
+    settings.start_jax()
+    args = flags.FLAGS
+    report = evaluate(pathlib.Path(args.workdir), args.split, args.task)
+    print(text(report))
+    if args.json:
+        write_json_atomic(pathlib.Path(args.json), report)
+
+
+def define_flags() -> None:
+    """--workdir, --split, --task and --json."""
+    flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+    flags.DEFINE_enum("split", None, ["valid", "test"], "What to measure on.")
+    flags.DEFINE_integer("task", None, "Number of tasks trained on; 0: the backbone alone.")
+    flags.DEFINE_string("json", None, "Write the row to this file, too.")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

@@ -1,0 +1,202 @@
+"""A run: what a configuration stands for, ready to be trained or measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from data_pipelines.batches import SplitReader
+from data_pipelines.corpora import Split, normalise_caption
+from data_pipelines.streams import Stream, build_stream
+from data_pipelines.text import Tokenizer
+from tail_jax import backbone as backbones
+from tail_jax import methods, settings
+from tail_jax.backbone import Backbone
+from tail_jax.evaluation.retrieval import TaskEmbeddings
+from tail_jax.methods.base import Method, State
+from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.training import sharding
+from tail_jax.training.checkpoints import load_tree, save_tree
+from tail_jax.training.embedder import Embedder
+from tail_jax.training.step import cast_frozen
+
+# PRNG streams of a run; each is folded into the key of its seed.
+INIT_KEY, STEP_KEY = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Devices, stream, backbone and method of a run in `workdir`.
+
+    Attributes:
+        frozen: what the method needs of the backbone, on the devices.
+        tests: readers of the split that is measured, one a task.
+    """
+
+    config: dict
+    workdir: pathlib.Path
+    mesh: Mesh
+    method: Method
+    stream: Stream
+    backbone: Backbone
+    frozen: Any
+    tests: tuple[SplitReader, ...]
+
+    @property
+    def model(self) -> DualEncoder:
+        """The description of the backbone."""
+        return self.backbone.model
+
+    @property
+    def key(self) -> jax.Array:
+        """The key of the seed."""
+        return jax.random.key(self.config["seed"])
+
+    def initial_state(self) -> State:
+        """The method's state before the first task, on the devices, sharing no memory."""
+        key = jax.random.fold_in(self.key, INIT_KEY)
+        state = self.method.init(key, self.model, self.backbone.params)
+        here = sharding.replicated(self.mesh)
+        return state | {
+            "trainable": sharding.place(state["trainable"], self.mesh),
+            "aux": sharding.put_tree(state["aux"], jax.tree.map(lambda _: here, state["aux"]))}
+
+    def begin_task(self, state: State, task: int) -> State:
+        """`method.begin_task`; new arrays go to all devices, so that the step stays one program."""
+        state = self.method.begin_task(state, task)
+        return state | {"aux": jax.device_put(state["aux"], sharding.replicated(self.mesh))}
+
+    def embed(self, state: State) -> list[TaskEmbeddings]:
+        """The measured split of every task under the method's state."""
+        return self._embed(self.method, state, self.frozen)
+
+    def embed_backbone(self) -> list[TaskEmbeddings]:
+        """The measured split of every task under the pretrained model alone."""
+        bare = methods.build(methods.defaults("frozen"))
+        params = _frozen_on_devices(bare, self.backbone, self.mesh)
+        return self._embed(bare, {"trainable": {}, "aux": {}}, params)
+
+    def _embed(self, method, state, frozen):
+        embedder = Embedder(self.model, method, self.mesh, self.config["eval"]["batch_size"])
+        args = state["trainable"], frozen, state["aux"]
+        return [TaskEmbeddings(
+            embedder.audio(reader, *args), embedder.text(reader, *args), reader.split.caption_clip,
+            [normalise_caption(caption) for caption in reader.split.captions])
+            for reader in self.tests]
+
+    def keep_gallery(self, row: int, embedded: TaskEmbeddings) -> None:
+        """Stores the measured split of the task that row `row` follows, for the stale index."""
+        save_tree(self._gallery(row), {"audio": embedded.audio, "text": embedded.text},
+                  {"kind": "gallery", "task": self.stream.tasks[row - 1].name})
+
+    def galleries(self, row: int) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """(audio, text) of every task as stored at its end, up to row `row`; None: not stored."""
+        stored: list = [None] * len(self.tests)
+        for task in range(row):
+            if self._gallery(task + 1).exists():
+                tree, _ = load_tree(self._gallery(task + 1))
+                stored[task] = tree["audio"], tree["text"]
+        return stored
+
+    def _gallery(self, row: int) -> pathlib.Path:
+        return self.workdir / "galleries" / f"task_{row}.safetensors"
+
+
+def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = None) -> Run:
+    """Builds what `config` (plain dicts) describes.
+
+    Args:
+        config: as `config.json` of a run holds it.
+        workdir: folder of the run.
+        pretrain: `train`, called as pretrain(config, folder) where the backbone has still to be
+            pretrained; without it, that is an error.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings or data that cannot be used, in one line.
+    """
+    mesh = sharding.make_mesh(**config["mesh"])
+    settings.check(config, mesh.shape["data"])
+    method = methods.build(config["method"])
+    stream = build_stream(settings.stream_spec(config))
+    backbone = prepare_backbone(config, stream, workdir, pretrain)
+    tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]))
+                  for task in stream.tasks)
+    return Run(config, workdir, mesh, method, stream, backbone,
+               _frozen_on_devices(method, backbone, mesh), tests)
+
+
+def read(config: dict, tokenizer: pathlib.Path, split: Split) -> SplitReader:
+    """A reader of a split; tells of the clips that `data.on_error=skip` leaves out."""
+    reader = SplitReader(split, Tokenizer.load(tokenizer), settings.data_settings(config["data"]))
+    for problem in reader.problems:
+        print(f"skipped {split.corpus}/{split.name}: {problem.message}", file=sys.stderr)
+    if reader.problems:
+        print(f"skipped {len(reader.problems)} clips of {split.corpus}/{split.name}",
+              file=sys.stderr)
+    return reader
+
+
+def stream_name(config: dict) -> str:
+    """The name of the stream, for people."""
+    return config["stream"]["name"] or config["stream"]["kind"]
+
+
+def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,
+                     pretrain: Callable | None = None) -> Backbone:
+    """The backbone that `config.backbone` asks for: from a folder, pretrained here, or random.
+
+    Pretraining is a run of its own in a folder named by the hash of everything it depends on, so
+    it happens once, and resumes when killed.
+    """
+    kind, front_end = config["backbone"]["kind"], backbones.front_end_of(config["data"])
+    if kind == "checkpoint":
+        if not config["backbone"]["path"]:
+            raise ValueError("backbone.path is empty; pass --config.backbone.path=DIR, a backbone "
+                             "folder such as WORKDIR/backbone of a pretraining run")
+        backbone = backbones.load_backbone(config["backbone"]["path"])
+        if backbone.front_end != front_end:
+            raise ValueError(f"{config['backbone']['path']}: made for the front end "
+                             f"{backbone.front_end}, config.data says {front_end}")
+        return backbone
+    if kind == "pretrain":
+        return _pretrained(config, front_end, pretrain)
+    if kind != "random":
+        raise ValueError(f"backbone.kind is {kind!r}; expected checkpoint, pretrain or random")
+    model, tokenizer = DualEncoder.from_dict(config["model"]), workdir / "tokenizer.json"
+    if not tokenizer.exists():
+        captions = [caption for task in stream.tasks for caption in task.train.captions]
+        Tokenizer.train(captions, model.text.vocab_size).save(tokenizer)
+    mean, var = settings.mel_statistics(read(config, tokenizer, stream.tasks[0].train),
+                                        config["eval"]["batch_size"])
+    return backbones.random_backbone(model, config["seed"], front_end, tokenizer, mean, var)
+
+
+def _pretrained(config: dict, front_end: dict, pretrain: Callable | None) -> Backbone:
+    # Augmentation is the experiment's affair: its backbone is that of the run without.
+    inner = config | config["backbone"]["pretrain"] | {
+        "backbone": {"kind": "random", "path": "", "pretrain": {}},
+        "data": config["data"] | {"crop": "center", "spec_augment": None}}
+    inner["stream"] = inner["stream"] | {"limit": 0}
+    digest = backbones.content_hash(
+        {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval")}, front_end,
+        settings.corpus_hash(build_stream(settings.stream_spec(inner))))
+    folder = pathlib.Path(config["data"]["cache_dir"]) / "backbones" / digest
+    if not (folder / "backbone" / backbones.WEIGHTS).exists():
+        if pretrain is None:
+            raise ValueError(f"{folder / 'backbone'}: no such backbone; expected the one that the "
+                             "run was trained on, in the cache of config.data.cache_dir")
+        print(f"pretraining the backbone in {folder} (once)", file=sys.stderr)
+        pretrain(inner, folder)
+    return dataclasses.replace(backbones.load_backbone(folder / "backbone"),
+                               name=f"{stream_name(inner)}-{digest}")
+
+
+def _frozen_on_devices(method: Method, backbone: Backbone, mesh: Mesh):
+    frozen = cast_frozen(method.frozen(backbone.params), backbone.model.dtype)
+    return sharding.place(frozen, mesh)
