@@ -1,4 +1,4 @@
-"""Backbones: a described model, its parameters, its tokenizer and front end, and where they come from."""
+"""Backbones: a described model, its parameters, tokenizer and front end, and their files."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def text(report: dict) -> str:
                 shown = "".join(f"{v if m == 'MedR' else 100 * v:>8.1f}"
                                 for m, v in zip(METRICS, values))
                 lines.append(f"{direction:<15}{pool:<7}{name:<20}{shown}")
-    return "\n".join([*lines, "", "own: among the clips and captions of the task; all: of all tasks"])
+    return "\n".join([*lines, "", "own: among clips and captions of the task; all: of all tasks"])
 
 
 def main() -> None:

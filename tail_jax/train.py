@@ -224,7 +224,7 @@ def unpack(packed: dict, opt_state: Any) -> tuple[State, Any]:
 
 
 def summary(run: Run, state: State, progress: dict) -> dict:
-    """`results.json`: matrices with a row for each number of tasks done, and what follows from them."""
+    """`results.json`: matrices a row for each number of tasks done, and their summaries."""
     measured = {int(row): values for row, values in progress["rows"].items()}
     names = [task.name for task in run.stream.tasks]
     matrices = {key: [measured[row][key] if row in measured else [None] * len(names)

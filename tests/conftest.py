@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(request):
-    """Compiled programs are kept between tests, processes and sessions: most of the time goes there."""
+    """Programs compiled once for all tests, processes and sessions: most time goes there."""
     folder = str(request.config.cache.mkdir("jax"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

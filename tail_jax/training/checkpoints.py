@@ -28,7 +28,8 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         # Named here, because a manager knows the handlers of what it has saved itself only.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        handlers = {"state": ocp.StandardCheckpointHandler(),
+                    "progress": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options,
                                               item_handlers=handlers)
 

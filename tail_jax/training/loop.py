@@ -1,4 +1,4 @@
-"""The loop over the steps of one task: batches in, metrics out, checkpoints between, kills survived."""
+"""The loop over the steps of one task: batches in, metrics out, checkpoints in between."""
 
 from __future__ import annotations
 
