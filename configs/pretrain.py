@@ -1,6 +1,6 @@
 """Contrastive pretraining of a mini backbone from scratch, on the embedded base corpus.
 
-    python -m tail_jax.train --config=configs/pretrain.py:model=mini-htsat,seed=0 --workdir=DIR
+    python -m tail_jax.train --config=configs/pretrain.py:model=mini-ast,seed=0 --workdir=DIR
 
 The backbone lies in DIR/backbone afterwards. Other experiments do this by themselves.
 """
@@ -11,18 +11,17 @@ from configs import common
 
 
 def get_config(arg=None) -> ConfigDict:
-    args = common.parse(arg, model="mini-htsat", seed=0)
+    args = common.parse(arg, model="mini-ast", seed=0)
     config = common.base_config("sequential", args["seed"], args["model"], common.MINI_LOG_MEL,
-                                window_seconds=2.55, max_tokens=32)
-    config.stream.scenes = ConfigDict({"seconds": 2.55})
+                                window_seconds=2.55, max_tokens=24)
     config.backbone = {"kind": "random", "path": "", "pretrain": {}}
-    config.method.learning_rate = 1e-3
+    config.method.learning_rate = 2e-3
     config.method.weight_decay = 0.05
     config.stream.kind = "embedded"
     config.stream.name = "embedded-base"
     config.stream.tasks = ({"name": "base"},)
-    config.train.duration = "10 epochs"
-    config.train.batch_size = 64
+    config.train.duration = "900 steps"
+    config.train.batch_size = 128
     return config
 
 

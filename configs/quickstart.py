@@ -11,14 +11,13 @@ TASKS = ("audiocaps_like", "clotho_like", "bbc_like", "audioset_like")
 
 
 def get_config(arg=None) -> ConfigDict:
-    args = common.parse(arg, method="ptat", seed=0, model="mini-htsat")
+    args = common.parse(arg, method="ptat", seed=0, model="mini-ast")
     config = common.base_config(args["method"], args["seed"], args["model"], common.MINI_LOG_MEL,
-                                window_seconds=2.55, max_tokens=32)
-    config.stream.scenes = ConfigDict({"seconds": 2.55})
+                                window_seconds=2.55, max_tokens=24)
     config.backbone.pretrain = pretrain.embed(config)
     config.stream.kind = "embedded"
     config.stream.name = "embedded"
     config.stream.tasks = tuple({"name": name} for name in TASKS)
     config.train.duration = "6 epochs"
-    config.train.batch_size = 64
+    config.train.batch_size = 128
     return config

@@ -58,9 +58,9 @@ class CorpusSettings:
     train: int = 1200
     valid: int = 200
     test: int = 250
-    language: float = 0.5
-    meaning: float = 0.4
-    acoustics: float = 0.5
+    language: float = 0.7
+    meaning: float = 0.8
+    acoustics: float = 0.7
 
     def __post_init__(self):
         for name in ("train", "valid", "test"):
@@ -90,7 +90,8 @@ class SceneSettings:
     variety: float = 0.15
     base: CorpusSettings = CorpusSettings(train=5000, language=0.0, meaning=0.0, acoustics=0.0)
     audiocaps_like: CorpusSettings = CorpusSettings()
-    clotho_like: CorpusSettings = CorpusSettings()
+    # Fewer clips, five captions each, as in Clotho.
+    clotho_like: CorpusSettings = CorpusSettings(train=400)
     bbc_like: CorpusSettings = CorpusSettings()
     audioset_like: CorpusSettings = CorpusSettings()
 
