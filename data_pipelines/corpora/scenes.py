@@ -58,9 +58,9 @@ class CorpusSettings:
     train: int = 1200
     valid: int = 200
     test: int = 250
-    language: float = 0.7
-    meaning: float = 0.8
-    acoustics: float = 0.7
+    language: float = 0.6
+    meaning: float = 0.7
+    acoustics: float = 0.6
 
     def __post_init__(self):
         for name in ("train", "valid", "test"):
@@ -88,7 +88,7 @@ class SceneSettings:
     sampling_rate: int = 16000
     seconds: float = 2.55
     variety: float = 0.15
-    base: CorpusSettings = CorpusSettings(train=5000, language=0.0, meaning=0.0, acoustics=0.0)
+    base: CorpusSettings = CorpusSettings(train=7000, language=0.0, meaning=0.0, acoustics=0.0)
     audiocaps_like: CorpusSettings = CorpusSettings()
     # Fewer clips, five captions each, as in Clotho.
     clotho_like: CorpusSettings = CorpusSettings(train=400)
