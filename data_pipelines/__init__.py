@@ -27,6 +27,8 @@ def load_tensorflow():
       RuntimeError: TensorFlow was already used with a GPU in this process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Nothing here uses oneDNN, whose notice would greet every user twice.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow
 
     tensorflow.config.set_visible_devices([], "GPU")

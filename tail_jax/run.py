@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any, Callable
@@ -74,16 +75,21 @@ class Run:
 
     def embed(self, state: State) -> list[TaskEmbeddings]:
         """The measured split of every task under the method's state."""
-        return self._embed(self.method, state, self.frozen)
+        return self._embed(self.embedder, state, self.frozen)
 
     def embed_backbone(self) -> list[TaskEmbeddings]:
         """The measured split of every task under the pretrained model alone."""
         bare = methods.build(methods.defaults("frozen"))
         params = _frozen_on_devices(bare, self.backbone, self.mesh)
-        return self._embed(bare, {"trainable": {}, "aux": {}}, params)
+        embedder = Embedder(self.model, bare, self.mesh, self.config["eval"]["batch_size"])
+        return self._embed(embedder, {"trainable": {}, "aux": {}}, params)
 
-    def _embed(self, method, state, frozen):
-        embedder = Embedder(self.model, method, self.mesh, self.config["eval"]["batch_size"])
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The method's embedding functions, compiled once a run."""
+        return Embedder(self.model, self.method, self.mesh, self.config["eval"]["batch_size"])
+
+    def _embed(self, embedder, state, frozen):
         args = state["trainable"], frozen, state["aux"]
         return [TaskEmbeddings(
             embedder.audio(reader, *args), embedder.text(reader, *args), reader.split.caption_clip,

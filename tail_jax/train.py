@@ -29,11 +29,11 @@ from tail_jax.evaluation.continual import summarize
 from tail_jax.evaluation.retrieval import evaluate_row
 from tail_jax.methods.base import State
 from tail_jax.models.dual_encoder import BUFFERS
+from tail_jax.reporting import tables
 from tail_jax.reporting.writers import JsonLinesWriter, read_results, write_json_atomic
 from tail_jax.run import STEP_KEY, Run, open_run, read, stream_name
 from tail_jax.training import teacher
 from tail_jax.training.checkpoints import Checkpoints, save_tree
-from tail_jax.training.embedder import Embedder
 from tail_jax.training.loop import Diverged, Preempted, TaskLoop, watch_signals
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, parse_duration
 from tail_jax.training.step import make_train_step
@@ -187,8 +187,7 @@ def training_batches(run: Run, task: Task, number: int, state: State, start_step
                                         jax.process_index(), jax.process_count())
     if not task.cache_teacher:
         return batches
-    embedder = Embedder(run.model, run.method, run.mesh, run.config["eval"]["batch_size"])
-    args = state["aux"]["teacher"], run.frozen, state["aux"]
+    embedder, args = run.embedder, (state["aux"]["teacher"], run.frozen, state["aux"])
     return teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
                           embedder.text(task.reader, *args))
 
@@ -264,7 +263,8 @@ def main() -> None:
         print(f"{workdir}: stopped by a signal, the state is saved; the same command resumes",
               file=sys.stderr)
         raise
-    print(results["summary"]["text_to_audio/R@1/own/fresh"])
+    print("R@1 in %, mean of both directions, on every corpus after each task:")
+    print(tables.matrix_text(tables.mean_matrix([results], "R@1"), results["tasks"]))
     print(f"results: {workdir / 'results.json'}")
 
 

@@ -141,7 +141,7 @@ def test_test_captions_are_nearly_all_distinct(plans):
         assert len(set(texts)) >= (0.91 if corpus == "bbc_like" else 0.97) * len(texts)
 
 
-def test_clotho_like_has_five_different_captions_a_clip_and_the_others_one(plans):
+def test_clotho_like_has_five_different_captions_a_clip_base_two_and_the_others_one(plans):
     for corpus, clips in plans.items():
         assert {len({c.text for c in clip.captions}) for clip in clips} == {
             5 if corpus == "clotho_like" else 1
