@@ -1,0 +1,75 @@
+"""The README's commands and example do what it says."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from configs import quickstart
+from tail_jax import methods
+from tail_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_example_method_is_short_and_trains(tiny_config, tmp_path, monkeypatch):
+    code = next(block for block in blocks("python") if "class Heads" in block)
+    assert len(code.splitlines()) < 40
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    exec(code, {"__name__": "heads"})  # it registers itself in the dict of the package
+    config = tiny_config("frozen", tasks=2) | {"method": methods.defaults("heads")}
+    results = train(config, tmp_path / "run")
+    assert results["method"] == "heads" and results["trace_count"] == 1
+    heads = 2 * (16 * 8 + 8 + 8 * 8 + 8)
+    assert results["trainable_parameters"] == heads
+
+
+def test_every_command_names_files_and_modules_that_exist():
+    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "python":
+            assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), command
+            for word in words:
+                if word.startswith("--config=configs/"):
+                    assert (ROOT / word.removeprefix("--config=").split(":")[0]).is_file(), command
+        else:
+            assert (ROOT / words[0]).is_file(), command
+
+
+def test_every_folder_named_in_the_table_exists():
+    for name in re.findall(r"^\| `([a-z_/.]+)`", README, re.M):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "launch").glob("*.sh")))
+def test_launch_scripts_are_executable_and_parse(script):
+    path = ROOT / "launch" / script
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_install_says_which_python_it_needs(tmp_path):
+    target = tmp_path / "launch"
+    target.mkdir()
+    (target / "install.sh").write_bytes((ROOT / "launch" / "install.sh").read_bytes())
+    done = subprocess.run(["bash", target / "install.sh"], env={"PATH": "/usr/bin:/bin",
+                          "PYTHON": "no-such-python"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: found no Python 3.11 to 3.13")
+    assert "no-such-python" in done.stderr
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS])
+def test_the_quickstart_has_every_method(method):
+    config = quickstart.get_config(f"method={method},seed=3")
+    assert config.method.name == method and config.seed == 3
+    methods.build(config.method.to_dict())
