@@ -211,8 +211,10 @@ def usable_clips(
 
 
 def progress(items, total: int, what: str):
-    """Returns `items`, with a progress bar on the terminal if going through them takes long."""
-    return tqdm.tqdm(items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False)
+    """Returns `items`, with a progress bar (on a terminal) if going through them takes long."""
+    return tqdm.tqdm(
+        items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, disable=None
+    )
 
 
 @contextlib.contextmanager
