@@ -20,7 +20,7 @@ def get_config(arg=None) -> ConfigDict:
     config.stream.kind = "embedded"
     config.stream.name = "embedded-base"
     config.stream.tasks = ({"name": "base"},)
-    config.train.duration = "900 steps"
+    config.train.duration = "700 steps"
     config.train.batch_size = 128
     return config
 

@@ -20,7 +20,7 @@ def get_config(arg=None) -> ConfigDict:
     config.stream.kind = "embedded"
     config.stream.name = "embedded"
     config.stream.tasks = tuple({"name": name} for name in TASKS)
-    config.train.duration = "6 epochs"
+    config.train.duration = "8 epochs"
     return config
 
 

@@ -29,7 +29,7 @@ def get_config(arg=None) -> ConfigDict:
                                 window_seconds=5.1, max_tokens=32)
     quickstart.tune(config)
     config.backbone.pretrain = pretrain.embed(config)
-    config.data.root = "../shared/data"
+    config.data.root = "data"
     config.stream.name = "real_audio"
     config.stream.tasks = tuple({"name": name, "folder": folder, "labels": labels}
                                 for name, folder, labels in TASKS)

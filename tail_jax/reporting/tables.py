@@ -127,9 +127,9 @@ def _share(results: Results) -> float | None:
 
 
 def _minutes(results: Results) -> float | None:
-    """The entry "total" of wall_seconds, or the sum of its parts."""
+    """The entry "total" of wall_seconds; None where a run did not record it."""
     seconds = results.get("wall_seconds") or {}
-    return seconds.get("total", sum(seconds.values())) / 60 if seconds else None
+    return seconds["total"] / 60 if "total" in seconds else None
 
 
 def _gibibytes(results: Results) -> float | None:
