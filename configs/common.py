@@ -1,4 +1,4 @@
-"""Settings that experiments share. A file of this folder is one experiment; `get_config` makes it."""
+"""Settings that experiments share; every other file of this folder is one experiment."""
 
 import dataclasses
 

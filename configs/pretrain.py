@@ -25,7 +25,7 @@ def get_config(arg=None) -> ConfigDict:
     return config
 
 
-def embed(config: ConfigDict) -> ConfigDict:
-    """What `config.backbone.pretrain` holds: the pretraining for the model and front end of `config`."""
+def inner() -> ConfigDict:
+    """What `config.backbone.pretrain` holds; model and front end are those of the experiment."""
     own = get_config()
     return ConfigDict({k: own[k] for k in ("seed", "method", "stream", "optimizer", "train")})

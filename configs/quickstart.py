@@ -16,7 +16,7 @@ def get_config(arg=None) -> ConfigDict:
     config = common.base_config(args["method"], args["seed"], args["model"], common.MINI_LOG_MEL,
                                 window_seconds=2.55, max_tokens=24)
     tune(config)
-    config.backbone.pretrain = pretrain.embed(config)
+    config.backbone.pretrain = pretrain.inner()
     config.stream.kind = "embedded"
     config.stream.name = "embedded"
     config.stream.tasks = tuple({"name": name} for name in TASKS)

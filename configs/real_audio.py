@@ -28,7 +28,7 @@ def get_config(arg=None) -> ConfigDict:
     config = common.base_config(args["method"], args["seed"], args["model"], LOG_MEL,
                                 window_seconds=5.1, max_tokens=32)
     quickstart.tune(config)
-    config.backbone.pretrain = pretrain.embed(config)
+    config.backbone.pretrain = pretrain.inner()
     config.data.root = "data"
     config.stream.name = "real_audio"
     config.stream.tasks = tuple({"name": name, "folder": folder, "labels": labels}

@@ -32,7 +32,8 @@ def test_the_example_method_is_short_and_trains(tiny_config, tmp_path, monkeypat
 
 
 def test_every_command_names_files_and_modules_that_exist():
-    commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    text = "".join(blocks("bash")).replace("\\\n", " ")
+    commands = text.splitlines()
     assert len(commands) >= 6
     for command in commands:
         words = shlex.split(command, comments=True)
