@@ -170,8 +170,7 @@ STYLES = {
 
 # First words of heads that are plural, mass nouns or bare gerunds, which take no article.
 _BARE = frozenset(
-    "air birds boots bugs buzzing clicking droplets feet footsteps gas hissing idling insects "
-    "knocking knuckles percussion shoes water whistling wood".split()
+    "air birds bugs clicking gas hissing idling insects percussion".split()
 )
 
 

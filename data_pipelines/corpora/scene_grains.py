@@ -73,17 +73,13 @@ def _bird(t, hz, rng):
 def _dog(t, hz, rng):
     track = hz * (1.2 - 0.5 * t / t[-1])
     voice = sum(tone(t, k * track) * w for k, w in ((1, 0.5), (2, 0.8), (3, 1), (4, 0.7), (5, 0.4)))
-    return (
-        (voice + 0.8 * noise(t, 2 * hz, 6 * hz, rng) * len(t) ** 0.5)
-        * _gate(t, 0.02)
-        * decay(t, 0.09)
-    )
+    breath = 0.8 * noise(t, 2 * hz, 6 * hz, rng) * len(t) ** 0.5
+    return (voice + breath) * _gate(t, 0.02) * decay(t, 0.09)
 
 
 def _engine(t, hz, rng):
-    return (
-        _modes(t, hz, (1, 1.5, 2.7), 0.015) + 0.2 * noise(t, 60, 3 * hz, rng) * len(t) ** 0.5
-    ) * decay(t, 0.05)
+    exhaust = 0.2 * noise(t, 60, 3 * hz, rng) * len(t) ** 0.5
+    return (_modes(t, hz, (1, 1.5, 2.7), 0.015) + exhaust) * decay(t, 0.05)
 
 
 def _drum(t, hz, rng):
@@ -92,9 +88,8 @@ def _drum(t, hz, rng):
 
 
 def _click(t, hz, rng):
-    return tone(t, hz) * decay(t, 0.0025) + 0.3 * noise(t, hz, 2.5 * hz, rng) * len(
-        t
-    ) ** 0.5 * decay(t, 0.002)
+    contact = 0.3 * noise(t, hz, 2.5 * hz, rng) * len(t) ** 0.5 * decay(t, 0.002)
+    return tone(t, hz) * decay(t, 0.0025) + contact
 
 
 def _cricket(t, hz, rng):
@@ -107,16 +102,14 @@ def _hiss(t, hz, rng):
 
 def _glass(t, hz, rng):
     ratios = (1, 1.37, 1.83, 2.21, 2.66) * rng.uniform(0.97, 1.03, 5)
-    return _modes(t, hz, ratios, 0.09) + 0.6 * noise(t, hz, 2.5 * hz, rng) * len(t) ** 0.5 * decay(
-        t, 0.02
-    )
+    contact = 0.6 * noise(t, hz, 2.5 * hz, rng) * len(t) ** 0.5 * decay(t, 0.02)
+    return _modes(t, hz, ratios, 0.09) + contact
 
 
 def _alarm(t, hz, rng):
     beep = t[: len(t) // 2]
-    return np.pad(
-        (tone(beep, hz) + 0.4 * tone(beep, 3 * hz)) * _gate(beep, 0.006), (0, len(t) - len(beep))
-    )
+    sound = (tone(beep, hz) + 0.4 * tone(beep, 3 * hz)) * _gate(beep, 0.006)
+    return np.pad(sound, (0, len(t) - len(beep)))
 
 
 def _laser(t, hz, rng):

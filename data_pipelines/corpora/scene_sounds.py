@@ -3,7 +3,7 @@
 A scene is one to three events in temporal order over an optional background. Every attribute of an
 event is one audible quantity:
 
-    pitch      low, mid, high          base frequency x 1/2, 1, 2 (an octave apart, +- 1 semitone)
+    pitch      low, mid, high          base frequency x 0.72, 1, 1.39 (steps of 5.7 semitones, +- 1)
     pace       once, twice, thrice     number of onsets          (kinds of pace "count")
                slow, fast              onsets per second, x 2.5  (kinds of pace "rate")
                short, long             seconds of sound          (kinds of pace "length")
@@ -33,7 +33,7 @@ PACES = {
 }
 LOUDNESSES = {"soft": 0.25, "loud": 1.0}
 TEXTURES = ("clean", "rough")
-# Weight of values that are the common case; a caption rarely says them (`scene_captions`).
+# Weight of values that are the common case, against 1; a caption rarely says them.
 USUAL = {"loud": 3.0, "clean": 4.0}
 BACKGROUNDS = ("none", "wind", "rain", "hum", "crowd")
 EFFECTS = ("telephone", "echo", "distance", "drive", "music", "noise")
