@@ -4,20 +4,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras="${1:-}"
+candidates="${PYTHON:-python3 python3.13 python3.12 python3.11}"
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 if [[ ! -x .venv/bin/python ]]; then
-  for python in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  for python in $candidates; do
     fits "$python" && break
     python=""
   done
   if [[ -z "$python" ]]; then
-    echo "error: found no Python 3.11 to 3.13 (tried ${PYTHON:-python3, python3.13, python3.12," \
-      "python3.11}); install one, or set PYTHON" >&2
+    echo "error: found no Python 3.11 to 3.13 (tried $candidates); install one, or set PYTHON" >&2
     exit 1
   fi
   echo "making .venv with $("$python" --version)" >&2
-  "$python" -m venv .venv
+  "$python" -m venv .venv || { rm -rf .venv; exit 1; }
 fi
 
 # Installed already with these extras, and setup.cfg has not changed since: nothing to do.

@@ -2,7 +2,8 @@
 # The learning-rate sweep behind configs/quickstart.py: launch/sweep.sh DIR
 # Three rates a method, on validation sets, at a seed (100) that no reported result uses. Prints the
 # mean R@1 (%) on the first two tasks after the second, and on all four after the last, which the
-# choice is made by (the other would favour whatever learns fastest and forgets).
+# choice is made by (the other would favour whatever learns fastest and forgets). DIR is taken from
+# the root of the project.
 set -euo pipefail
 directory="${1:?error: expected a folder for the runs}"
 cd "$(dirname "$0")/.."

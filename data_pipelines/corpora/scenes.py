@@ -262,7 +262,8 @@ def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, p
     if not missing:
         return paths
     sizes = [getattr(getattr(settings, name), split) for name in missing for split in _SPLIT_SHARES]
-    bar = tqdm.tqdm(total=sum(sizes), desc="scenes", unit="clip", disable=not progress)
+    bar = tqdm.tqdm(total=sum(sizes), desc="scenes", unit="clip",
+                    disable=None if progress else True)
     pool = None
     if num_workers > 1:
         spawn = multiprocessing.get_context("spawn")
