@@ -24,6 +24,8 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -267,7 +269,9 @@ def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, p
     pool = None
     if num_workers > 1:
         spawn = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=spawn)
+        pool = concurrent.futures.ProcessPoolExecutor(
+            num_workers, spawn, _leave_with_parent, (os.getpid(),)
+        )
     aside = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
     try:
         pending = {}
@@ -292,6 +296,17 @@ def generate(directory, settings=SceneSettings(), corpora=None, num_workers=2, p
         shutil.rmtree(aside, ignore_errors=True)
         bar.close()
     return paths
+
+
+def _leave_with_parent(parent):
+    """Ends this worker when its parent is gone: it would wait for work for ever."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _publish(source, target):
