@@ -47,7 +47,7 @@ class Method:
 
     def init(self, key: jax.Array, model: DualEncoder, params: dict) -> State:
         """The state before the first task; may alias `params`, which the trainer copies."""
-        raise NotImplementedError
+        raise NotImplementedError  # a hook without a default: every method has its own
 
     def frozen(self, params: dict) -> dict:
         """What the step needs of the backbone beside `trainable`: an argument of the step."""
@@ -56,7 +56,7 @@ class Method:
     def resolve(self, model: DualEncoder, trainable: dict,
                 frozen: dict) -> tuple[dict, dict | None]:
         """(parameters, tuning) as the encoders take them."""
-        raise NotImplementedError
+        raise NotImplementedError  # a hook without a default: every method has its own
 
     def begin_task(self, state: State, task: int) -> State:
         """State at the start of task 0, 1, ...; shapes stay, for the step is traced once."""
