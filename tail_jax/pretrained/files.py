@@ -219,11 +219,11 @@ def _float32(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def read_json(path) -> dict:
-    """A JSON object from a file.
+def read_json(path, kind: type = dict) -> Any:
+    """A JSON object (or, of another `kind`, a list) from a file.
 
     Raises:
-        ValueError: no such file, or not an object.
+        ValueError: no such file, or not of that kind.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -232,8 +232,9 @@ def read_json(path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; expected "
+                         f"{'an object' if kind is dict else 'a list'}")
     return value
 
 
@@ -249,8 +250,15 @@ class Options:
         return default if value is None else value
 
     def section(self, name: str) -> "Options":
-        """The object below `name`; empty where there is none."""
-        return Options(self.get(name, {}), f"{self.path}: {name}")
+        """The object below `name`; empty where there is none.
+
+        Raises:
+            ValueError: if it is no object.
+        """
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected an object")
+        return Options(value, f"{self.path}: {name}")
 
     def choose(self, name: str, default: Any, choices: Mapping) -> Any:
         """What `choices` has for the entry.
@@ -265,3 +273,26 @@ class Options:
             raise ValueError(f"{self.path}: option {name} is {value!r}, which is not supported; "
                              f"supported: {', '.join(repr(c) for c in choices)}")
         return choices[value]
+
+    def count(self, name: str, default: int) -> int:
+        """The entry as a whole number above 0.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected a whole number "
+                             "above 0")
+        return value
+
+    def build(self, make: Callable, **values: Any) -> Any:
+        """`make(**values)`, its complaints about them with the name of this file.
+
+        Raises:
+            ValueError: as `make`.
+        """
+        try:
+            return make(**values)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: not supported: {error}") from None

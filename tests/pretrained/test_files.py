@@ -140,6 +140,14 @@ def test_options_name_the_file(tmp_path):
     assert options.choose("odd", None, {(1, 2): 3}) == 3
     with pytest.raises(ValueError, match=r"config.json: audio: option act is 'tanh'.*'gelu'"):
         options.section("audio").choose("act", "gelu", {"gelu": "gelu"})
+    assert Options({"n": 3}, path).count("n", 1) == 3
+    for value in (0, -1, True, 2.0, "3"):
+        with pytest.raises(ValueError, match="config.json: option n is .*; expected a whole"):
+            Options({"n": value}, path).count("n", 1)
+    with pytest.raises(ValueError, match="config.json: option audio is 3; expected an object"):
+        Options({"audio": 3}, path).section("audio")
+    with pytest.raises(ValueError, match="config.json: not supported: invalid literal"):
+        options.build(lambda text: int(text), text="x")
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds a list; expected an object"):
         read_json(path)
