@@ -7,6 +7,7 @@ from typing import Any
 
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.transformer import BlockConfig
 from tail_jax.pretrained import Description
 from tail_jax.pretrained.files import Options, Tensors, read_json
 from tail_jax.pretrained.names import NameTable, under
@@ -80,9 +81,7 @@ def text_config(options: Options, kind: str, pool: str) -> TextConfig:
     positions = {"positions": "columns", "position_offset": 0} if kind == "bert" else \
         {"positions": "tokens", "position_offset": padding + 1}
     width, heads = options.count("hidden_size", 768), options.count("num_attention_heads", 12)
-    if width % heads:
-        raise ValueError(f"{options.path}: option hidden_size is {width}; expected a multiple of "
-                         f"num_attention_heads, {heads}")
+    options.build(BlockConfig, width=width, heads=heads, hidden=width)
     return options.build(
         TextConfig, vocab_size=options.count("vocab_size", default["vocab_size"]),
         width=width, heads=heads, layers=options.count("num_hidden_layers", 12),

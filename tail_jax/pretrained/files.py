@@ -294,5 +294,5 @@ class Options:
         """
         try:
             return make(**values)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: not supported: {error}") from None
