@@ -13,7 +13,6 @@ from tail_jax.training.optimizers import OptimizerConfig
 # 16 kHz, 128 frames of 20 ms, 32 bands: what the mini presets take.
 MINI_LOG_MEL = LogMelSettings(sampling_rate=16000, n_fft=640, hop_length=320, n_mels=32, fmin=50.0,
                               fmax=8000.0)
-CLAP_LOG_MEL = LogMelSettings(fmin=50.0, fmax=14000.0)
 
 
 def parse(arg: str | None, **defaults) -> dict:

@@ -8,14 +8,15 @@
 from ml_collections import ConfigDict
 
 from configs import common
+from data_pipelines.front_end import CLAP
 
 TASKS = ("audiocaps", "clotho", "bbc", "audioset_sl")
 
 
 def get_config(arg=None) -> ConfigDict:
     args = common.parse(arg, method="ptat", seed=0)
-    config = common.base_config(args["method"], args["seed"], "clap-htsat-tiny",
-                                common.CLAP_LOG_MEL, window_seconds=10.0, max_tokens=77)
+    config = common.base_config(args["method"], args["seed"], "clap-htsat-tiny", CLAP,
+                                window_seconds=10.0, max_tokens=77)
     return tail_stream(config)
 
 

@@ -3,17 +3,16 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import soundfile
-import soxr
 import tqdm
 
 from data_pipelines import listing
 from data_pipelines.corpora import Clip
+from data_pipelines.waveforms import chunk_starts, fill_up, fit, resample
 
 _BLOCK_FRAMES = 1 << 18
 # A progress bar only where somebody would begin to wonder.
@@ -40,21 +39,6 @@ class AudioLength:
     rate: int
 
 
-def chunk_starts(num_samples: int, window_samples: int, max_chunks: int) -> tuple[int, ...]:
-    """Returns where the chunks of a clip begin, in samples.
-
-    There are min(max_chunks, ceil(num_samples / window_samples)) chunks, at least one: a single one
-    is the centre of the clip; several are equally spaced, the first at the begin of the clip, the
-    last ending with it. A clip shorter than the window is one chunk, zero-padded at its end by
-    whoever cuts it. Training takes max_chunks = 1.
-    """
-    spare = max(num_samples - window_samples, 0)
-    chunks = max(1, min(max_chunks, math.ceil(num_samples / window_samples)))
-    if chunks == 1:
-        return (spare // 2,)
-    return tuple(i * spare // (chunks - 1) for i in range(chunks))
-
-
 def read_audio(
     path, sampling_rate: int, offset: float = 0.0, seconds: float | None = None
 ) -> np.ndarray:
@@ -78,7 +62,7 @@ def read_audio(
             )
         if seconds is not None:
             frames = min(frames, round(seconds * file.samplerate))
-        return _resample(_read_part(file, path, start, frames), file.samplerate, sampling_rate)
+        return resample(_read_part(file, path, start, frames), file.samplerate, sampling_rate)
 
 
 def read_chunk(
@@ -86,8 +70,9 @@ def read_chunk(
     sampling_rate: int,
     window_samples: int,
     choose_start: Callable[[int, int], int],
-) -> np.ndarray:
-    """Returns one chunk of a file as float32 [window_samples], zero-padded at the end.
+    fill: str = "zeros",
+) -> tuple[np.ndarray, int]:
+    """Returns one chunk of a file.
 
     Args:
       path: the audio file.
@@ -95,6 +80,11 @@ def read_chunk(
       window_samples: length of the result.
       choose_start: (frames of the file, frames of the window) -> first frame, at the file's own
         rate. Only the chunk is decoded.
+      fill: what follows a file shorter than the window (`waveforms.fill_up`).
+
+    Returns:
+      chunk: float32 [window_samples].
+      valid: how many of its samples are the file's, before anything was filled in.
 
     Raises:
       AudioError: as `read_audio`.
@@ -103,13 +93,16 @@ def read_chunk(
         window = _window_frames(file, sampling_rate, window_samples)
         start = choose_start(file.frames, window)
         part = _read_part(file, path, start, min(window, file.frames - start))
-        return _fit(_resample(part, file.samplerate, sampling_rate), window_samples)
+        return _chunk(part, file, sampling_rate, window_samples, fill)
 
 
-def read_chunks(path, sampling_rate: int, window_samples: int, max_chunks: int) -> np.ndarray:
+def read_chunks(
+    path, sampling_rate: int, window_samples: int, max_chunks: int, fill: str = "zeros"
+) -> tuple[np.ndarray, int]:
     """Returns the chunks of a file, float32 [chunks, window_samples], and checks all of it.
 
-    The same chunks as from `read_chunk`, but the whole file is decoded once, block by block.
+    The same chunks as from `read_chunk`, but the whole file is decoded once, block by block. With
+    them comes how many samples of each are the file's.
 
     Raises:
       AudioError: as `read_audio`, and where the file holds less than its header says.
@@ -117,16 +110,17 @@ def read_chunks(path, sampling_rate: int, window_samples: int, max_chunks: int) 
     with _open(path) as file:
         window = _window_frames(file, sampling_rate, window_samples)
         starts = chunk_starts(file.frames, window, max_chunks)
-        chunks = [np.zeros(min(window, file.frames - start), np.float32) for start in starts]
+        parts = [np.zeros(min(window, file.frames - start), np.float32) for start in starts]
         for position, block in _checked_blocks(file, path):
-            for start, chunk in zip(starts, chunks):
+            for start, part in zip(starts, parts):
                 first = max(start, position)
-                last = min(start + len(chunk), position + len(block))
+                last = min(start + len(part), position + len(block))
                 if first < last:
-                    chunk[first - start : last - start] = block[first - position : last - position]
-        return np.stack(
-            [_fit(_resample(c, file.samplerate, sampling_rate), window_samples) for c in chunks]
+                    part[first - start : last - start] = block[first - position : last - position]
+        chunks, valid = zip(
+            *(_chunk(part, file, sampling_rate, window_samples, fill) for part in parts)
         )
+        return np.stack(chunks), valid[0]
 
 
 def count_chunks(
@@ -262,13 +256,13 @@ def _window_frames(file: soundfile.SoundFile, sampling_rate: int, window_samples
     return round(window_samples / sampling_rate * file.samplerate)
 
 
-def _resample(samples: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    if rate == sampling_rate:
-        return samples
-    expected = -(-len(samples) * sampling_rate // rate)
-    return _fit(soxr.resample(samples, rate, sampling_rate, quality="HQ"), expected)
-
-
-def _fit(samples: np.ndarray, length: int) -> np.ndarray:
-    """Returns `samples` cut or zero-padded at the end to [length]."""
-    return np.pad(samples[:length], (0, max(length - len(samples), 0)))
+def _chunk(
+    part: np.ndarray, file: soundfile.SoundFile, sampling_rate: int, window_samples: int, fill: str
+) -> tuple[np.ndarray, int]:
+    """Returns a part of a file as [window_samples], and how many of its samples are the file's."""
+    samples = resample(part, file.samplerate, sampling_rate)
+    if len(part) < file.frames:
+        # Less than a window only by the rounding of its length at the rate of the file.
+        return fit(samples, window_samples), window_samples
+    valid = min(len(samples), window_samples)
+    return fill_up(samples[:valid], window_samples, fill), valid

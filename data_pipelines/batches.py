@@ -10,7 +10,6 @@ from data_pipelines import iterate, load_tensorflow
 from data_pipelines.audio import (
     AudioError,
     AudioProblem,
-    chunk_starts,
     header_length,
     read_chunk,
     usable_clips,
@@ -20,12 +19,12 @@ from data_pipelines.corpora import Split, caption_keys
 from data_pipelines.features import ChunkPolicy, FeatureCache
 from data_pipelines.log_mel import LogMelSettings, log_mel
 from data_pipelines.text import Tokenizer
+from data_pipelines.waveforms import chunk_starts
 
 Batch = dict[str, np.ndarray]
 
 _ENDLESS = np.iinfo(np.int64).max
 _PREFETCHED_BATCHES = 2
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,8 @@ class DataSettings:
 
     Attributes:
       log_mel: the front end.
-      window_seconds: length of the audio of a row; shorter clips are zero-padded at the end.
+      window_seconds: length of the audio of a row; shorter clips are filled up as `log_mel.fill`
+        says.
       max_tokens: length of a row of tokens, begin and end included.
       max_chunks: most rows of a clip in evaluation.
       cache_dir: folder for features and audio checks; None computes features for each batch.
@@ -361,24 +361,26 @@ class SplitReader:
         def read(slot):
             found = locate(slot)
             if found is None:
-                return np.zeros([settings.window_samples], np.float32), np.float32(0)
+                return np.zeros([settings.window_samples], np.float32), np.int64(0)
             clip, choose_start = found
             try:
-                waveform = read_chunk(
+                waveform, valid = read_chunk(
                     self.split.clips[clip].path,
                     settings.log_mel.sampling_rate,
                     settings.window_samples,
                     choose_start,
+                    settings.log_mel.fill,
                 )
             except AudioError as error:
                 failures.append(error)
                 raise
-            return waveform, np.float32(1)
+            return waveform, np.int64(valid)
 
         def compute(slot):
-            waveform, valid = tf.numpy_function(read, [slot], (tf.float32, tf.float32))
+            waveform, valid = tf.numpy_function(read, [slot], (tf.float32, tf.int64))
             waveform = tf.ensure_shape(waveform, [settings.window_samples])
-            return log_mel(waveform, settings.log_mel) * valid
+            values = log_mel(waveform, settings.log_mel, tf.ensure_shape(valid, []))
+            return values * tf.cast(valid > 0, tf.float32)
 
         numbers = tf.data.Dataset.range(steps.start, steps.stop)
         if gather is not None:

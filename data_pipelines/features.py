@@ -33,7 +33,7 @@ class ChunkPolicy:
     """How a clip becomes rows of features.
 
     Attributes:
-      log_mel: the front end.
+      log_mel: the front end; its `fill` is what follows a clip shorter than a chunk.
       window_samples: length of a chunk, at the sampling rate of the front end.
       max_chunks: 1 takes the centre of a clip; more take so many equally spaced chunks at most.
     """
@@ -59,7 +59,7 @@ class Features:
     """Features of a list of clips.
 
     Attributes:
-      values: float32 [rows, frames, mels] in dB, a read-only map of a file.
+      values: float32 [rows, frames, mels], log-mel, a read-only map of a file.
       rows_clip: int32 [rows], the clip of each row, ascending.
       problems: the clips that have no rows because their audio cannot be used.
     """
@@ -170,17 +170,24 @@ def _feature_dataset(clips: Sequence[Clip], policy: ChunkPolicy, num_parallel: i
 
     def read(row):
         try:
-            waveforms = read_chunks(
-                clips[row].path, settings.sampling_rate, policy.window_samples, policy.max_chunks
+            waveforms, valid = read_chunks(
+                clips[row].path,
+                settings.sampling_rate,
+                policy.window_samples,
+                policy.max_chunks,
+                settings.fill,
             )
-            return waveforms, b""
+            return waveforms, np.int64(valid), b""
         except AudioError as error:
-            return np.zeros([1, policy.window_samples], np.float32), str(error).encode("utf-8")
+            nothing = np.zeros([1, policy.window_samples], np.float32)
+            return nothing, np.int64(0), str(error).encode("utf-8")
 
     def compute(row):
-        waveforms, problem = tf.numpy_function(read, [row], (tf.float32, tf.string))
+        waveforms, valid, problem = tf.numpy_function(
+            read, [row], (tf.float32, tf.int64, tf.string)
+        )
         waveforms = tf.ensure_shape(waveforms, [None, policy.window_samples])
-        return log_mel(waveforms, settings), problem
+        return log_mel(waveforms, settings, tf.ensure_shape(valid, [])), problem
 
     return (
         tf.data.Dataset.range(len(clips))

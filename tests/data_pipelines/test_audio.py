@@ -11,13 +11,13 @@ from data_pipelines.audio import (
     AudioError,
     AudioLength,
     check_audio,
-    chunk_starts,
     measure_audio,
     read_audio,
     read_chunk,
     read_chunks,
 )
 from data_pipelines.corpora import Clip
+from data_pipelines.waveforms import chunk_starts
 
 
 @pytest.mark.parametrize("rate, channels, extension", [
@@ -48,37 +48,49 @@ def test_offset_outside_the_file_is_an_error(tmp_path):
             read_audio(tmp_path / "a.wav", 8000, offset)
 
 
-@pytest.mark.parametrize("samples, window, chunks, expected", [
-    (50, 100, 1, (0,)), (50, 100, 3, (0,)), (100, 100, 3, (0,)), (101, 100, 1, (0,)),
-    (107, 100, 1, (3,)), (101, 100, 3, (0, 1)), (200, 100, 3, (0, 100)),
-    (201, 100, 3, (0, 50, 101)), (1000, 100, 3, (0, 450, 900)), (1000, 100, 1, (450,)),
-])  # fmt: skip
-def test_chunk_starts_by_hand(samples, window, chunks, expected):
-    assert chunk_starts(samples, window, chunks) == expected
-
-
-def test_chunks_are_as_many_as_asked_inside_the_clip_and_evenly_spaced():
-    for samples in range(1, 400, 7):
-        for window in (1, 33, 100):
-            starts = chunk_starts(samples, window, 3)
-            assert len(starts) == min(3, math.ceil(samples / window))
-            assert starts[0] >= 0 and starts[-1] == max(samples - window, 0) or len(starts) == 1
-            assert np.ptp(np.diff(starts)) <= 1 if len(starts) > 1 else True
-
-
 @pytest.mark.parametrize("seconds, chunks", [(0.3, 1), (1.0, 1), (1.3, 2), (9.1, 3)])
 def test_chunks_of_one_pass_equal_chunks_read_alone(tmp_path, monkeypatch, seconds, chunks):
     # Blocks shorter than a window, and of a length that divides nothing.
     monkeypatch.setattr("data_pipelines.audio._BLOCK_FRAMES", 7919)
     path = tmp_path / "a.flac"
     samples = write_tone(path, seconds, 22050, 2)
-    together = read_chunks(path, 16000, 16000, 3)
+    together, valid = read_chunks(path, 16000, 16000, 3)
     assert together.shape == (chunks, 16000)
     starts = chunk_starts(len(samples), 22050, 3)
     for chunk, start in zip(together, starts):
-        np.testing.assert_array_equal(chunk, read_chunk(path, 16000, 16000, lambda f, w: start))
+        alone, own_valid = read_chunk(path, 16000, 16000, lambda f, w: start)
+        np.testing.assert_array_equal(chunk, alone)
+        assert own_valid == valid
     length = min(16000, math.ceil(len(samples) * 16000 / 22050))
+    assert valid == length
     assert not together[:, length:].any() and together[:, length - 50 : length].any()
+
+
+@pytest.mark.parametrize("samples, whole", [(3000, 2), (8000, 1), (7999, 1), (1, 8000)])
+def test_a_file_shorter_than_the_window_is_filled_up(tmp_path, samples, whole):
+    path = tmp_path / "a.wav"
+    write_tone(path, samples / 8000, 8000)
+    clip = read_audio(path, 8000)
+    zeros = np.zeros(8000 - whole * samples, np.float32)
+    repeated = np.concatenate([np.tile(clip, whole), zeros])
+    cut = np.tile(clip, whole + 1)[:8000]
+    zero_padded = np.pad(clip, (0, 8000 - samples))
+    for fill, expected in [
+        ("repeatpad", repeated), ("repeat", cut), ("zeros", zero_padded), ("frames", zero_padded),
+    ]:  # fmt: skip
+        one, valid = read_chunk(path, 8000, 8000, lambda frames, window: 0, fill)
+        np.testing.assert_array_equal(one, expected)
+        many, valid_of_many = read_chunks(path, 8000, 8000, 3, fill)
+        np.testing.assert_array_equal(many, [expected])
+        assert valid == valid_of_many == samples
+
+
+def test_a_chunk_of_a_longer_file_is_not_repeated_where_rounding_leaves_it_short(tmp_path):
+    path = tmp_path / "a.wav"
+    write_tone(path, 0.5, 8000)
+    # 1003 samples at 48 kHz are 167 at 8 kHz, which give 1002.
+    chunk, valid = read_chunk(path, 48000, 1003, lambda frames, window: 0, "repeat")
+    assert valid == 1003 and chunk[1002] == 0 and chunk[1001] != 0
 
 
 @pytest.fixture

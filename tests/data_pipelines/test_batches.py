@@ -8,13 +8,15 @@ import pytest
 
 from conftest import write_table, write_tone
 from data_pipelines import batches as batches_module
-from data_pipelines.audio import AudioError, chunk_starts, read_audio
+from data_pipelines.audio import AudioError, read_audio
 from data_pipelines.augment import SpecAugment
 from data_pipelines.batches import DataSettings, SplitReader, merge_splits
 from data_pipelines.corpora import normalise_caption
 from data_pipelines.corpora.folder import read_folder
+from data_pipelines.front_end import FrontEnd
 from data_pipelines.log_mel import LogMelSettings, log_mel
 from data_pipelines.text import Tokenizer
+from data_pipelines.waveforms import chunk_starts
 
 MEL = LogMelSettings(8000, 256, 100, 16, 50.0, 4000.0)
 TOKENIZER = Tokenizer.train(["sound told as twice a 0 1 2 3 4 5 6"] * 3, 280)
@@ -159,6 +161,23 @@ def test_evaluation_audio_is_every_chunk_in_clip_order(corpus, settings, batch_s
     middle = read_audio(corpus.train.clips[5].path, 8000, (4.3 - 1.0) / 2, 1.0)
     np.testing.assert_allclose(audio[7], log_mel(middle, MEL).numpy(), atol=1e-3)
     assert_same(found, list(reader.audio_batches(batch_size)))
+
+
+@pytest.mark.parametrize("fill", ["zeros", "repeatpad", "repeat", "frames"])
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
+def test_training_sees_what_the_front_end_gives_to_embed(corpus, settings, fill, cache_bytes):
+    mel = dataclasses.replace(MEL, center=False, fill=fill, frames=79)
+    settings = dataclasses.replace(settings, log_mel=mel, cache_bytes=cache_bytes)
+    reader = SplitReader(corpus.train, TOKENIZER, settings)
+    found = np.concatenate([b["audio"] for b in reader.audio_batches(7, training=True)])
+    front_end = FrontEnd(mel, settings.window_seconds)
+    for row, clip in enumerate(corpus.train.clips):
+        if row == 5:
+            continue  # longer than the window, and cut before it is resampled
+        expected = front_end.rows(read_audio(clip.path, 8000))[0]
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+    short = found[4]  # 0.05 s, 400 samples: two frames of 256
+    assert short[:2].any() and short[2:78].any() == (fill != "frames") and not short[78:].any()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 13, 40])

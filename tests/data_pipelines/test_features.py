@@ -8,11 +8,12 @@ import pytest
 
 from conftest import write_tone
 from data_pipelines import features as features_module
-from data_pipelines.audio import chunk_starts, read_audio
+from data_pipelines.audio import read_audio
 from data_pipelines.corpora import Clip
 from data_pipelines.corpora.folder import read_folder
 from data_pipelines.features import ChunkPolicy, FeatureCache
 from data_pipelines.log_mel import LogMelSettings, log_mel
+from data_pipelines.waveforms import chunk_starts
 
 MEL = LogMelSettings(8000, 256, 100, 16, 50.0, 4000.0)
 TRAINING, EVALUATION = ChunkPolicy(MEL, 8000, 1), ChunkPolicy(MEL, 8000, 3)
