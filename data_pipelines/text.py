@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import uuid
@@ -75,20 +76,32 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Reads a `tokenizer.json`, of this project or of RoBERTa's or BERT's kind.
+        """Reads a `tokenizer.json`, of this project or of RoBERTa's or BERT's kind, or a folder.
+
+        In a folder the first of these counts: `tokenizer.json`; `vocab.json` with `merges.txt`
+        (RoBERTa's byte-level BPE); `vocab.txt` (BERT's WordPiece). The options of the last two
+        (`add_prefix_space`; `do_lower_case`, `strip_accents`, `tokenize_chinese_chars`) stand in
+        `tokenizer_config.json`, if there is one.
 
         Raises:
-          FileNotFoundError: no such file.
+          FileNotFoundError: no such file or folder.
           ValueError: not a tokenizer, or one without begin, end and padding tokens.
         """
-        path = pathlib.Path(path)
+        path, kind = pathlib.Path(path), ("tokenizer.json",)
+        if path.is_dir():
+            names = [names for names in _FOLDERS if all((path / name).is_file() for name in names)]
+            if not names:
+                expected = ", ".join(" with ".join(names) for names in _FOLDERS)
+                raise ValueError(f"{path}: has no tokenizer, expected one of {expected}; copy "
+                                 "those files of the checkpoint too")
+            kind, path = names[0], path / names[0][0]
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer file '{path}' does not exist")
         try:
             # The library raises bare Exception.
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = _FOLDERS[kind](path)
         except Exception as error:
-            raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
+            raise ValueError(f"{path}: not a {' with '.join(kind)}: {error}") from error
         return cls(tokenizer, str(path))
 
     def save(self, path) -> None:
@@ -133,3 +146,48 @@ class Tokenizer:
     @property
     def _json(self) -> str:
         return self._tokenizer.to_str(pretty=True)
+
+
+def _from_file(path: pathlib.Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _from_merges(path: pathlib.Path) -> tokenizers.Tokenizer:
+    model = tokenizers.models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=_options(path).get("add_prefix_space", False)
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _from_words(path: pathlib.Path) -> tokenizers.Tokenizer:
+    options = _options(path)
+    with open(path, encoding="utf-8") as file:
+        vocabulary = {line.rstrip("\n"): i for i, line in enumerate(file)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocabulary, unk_token=options.get("unk_token", "[UNK]"))
+    )
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+        strip_accents=options.get("strip_accents"),  # None: where letters are lowered
+        lowercase=options.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+# Files of a folder -> reader of the first of them.
+_FOLDERS = {
+    ("tokenizer.json",): _from_file,
+    ("vocab.json", "merges.txt"): _from_merges,
+    ("vocab.txt",): _from_words,
+}
+
+
+def _options(path: pathlib.Path) -> dict:
+    """The `tokenizer_config.json` beside a file."""
+    config = path.with_name("tokenizer_config.json")
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

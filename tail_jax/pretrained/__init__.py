@@ -28,7 +28,8 @@ SIGNATURES = {
     "laion_clap": "audio_branch.patch_embed.proj.weight",
     "ms_clap": "audio_encoder.base.conv_block1.conv1.weight",
     "eat": "modality_encoders.IMAGE.local_encoder.proj.weight"}
-PREPROCESSOR = "preprocessor_config.json"
+# The same options; transformers 5 writes them into the second file when it saves a processor.
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,16 @@ def describe(path) -> tuple[Description, Tensors]:
             raise ValueError(
                 f"{folder}: has no config.json, and {tensors.path.name} is none of the layouts "
                 f"that are known without one ({', '.join(SIGNATURES)}); copy config.json too")
-    preprocessor = folder / PREPROCESSOR
-    more = read_json(preprocessor) if preprocessor.is_file() else {}
     kind = importlib.import_module(f"tail_jax.pretrained.{module}")
-    return kind.describe(options, Options(more, preprocessor), tensors), tensors
+    return kind.describe(options, _preprocessor(folder), tensors), tensors
+
+
+def _preprocessor(folder: pathlib.Path) -> Options:
+    """How a folder prepares audio; empty where it does not say."""
+    path, processor = folder / PREPROCESSOR, folder / PROCESSOR
+    if path.is_file() or not processor.is_file():
+        return Options(read_json(path) if path.is_file() else {}, path)
+    return Options(read_json(processor), processor).section("feature_extractor")
 
 
 def load(path) -> tuple[Description, Any]:

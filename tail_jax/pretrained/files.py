@@ -170,10 +170,11 @@ def _open_torch(path: pathlib.Path) -> Tensors:
                          "'tail_jax[torch]' (safetensors need nothing)") from None
     load = lambda mmap: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     try:
-        try:
-            content = load(True)
-        except RuntimeError:  # files from before 2020 cannot be mapped
-            content = load(False)
+        with torch.serialization.safe_globals(_numbers()):
+            try:
+                content = load(True)
+            except RuntimeError:  # files from before 2020 cannot be mapped
+                content = load(False)
     except pickle.UnpicklingError as error:
         asked = str(error).partition("GLOBAL ")[2].split()
         what = f"asks for {asked[0]}" if asked else "is more than tensors, or damaged"
@@ -199,6 +200,16 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     return Tensors(path, {key: tuple(value.shape) for key, value in weights.items()}, read, extras)
 
 
+def _numbers() -> list:
+    """What PyTorch may make of a file beside tensors: NumPy numbers, such as a trainer's best loss.
+
+    LAION's checkpoints have some. They are data; the rule that nothing is executed stays.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
+            np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "efd?"}]
+
+
 def _weights_of(content: Any, tensor: type) -> tuple[dict, dict]:
     """(tensors, the rest) of what a file holds; training code puts weights one level down."""
     if not isinstance(content, Mapping):
@@ -212,11 +223,11 @@ def _weights_of(content: Any, tensor: type) -> tuple[dict, dict]:
             {k: v for k, v in content.items() if not isinstance(v, tensor)})
 
 
-def read_json(path) -> dict:
-    """A JSON object from a file.
+def read_json(path, kind: type = dict) -> Any:
+    """A JSON object (or, of another `kind`, a list) from a file.
 
     Raises:
-        ValueError: no such file, or not an object.
+        ValueError: no such file, or not of that kind.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -225,8 +236,9 @@ def read_json(path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; expected "
+                         f"{'an object' if kind is dict else 'a list'}")
     return value
 
 
@@ -242,8 +254,15 @@ class Options:
         return default if value is None else value
 
     def section(self, name: str) -> "Options":
-        """The object below `name`; empty where there is none."""
-        return Options(self.get(name, {}), f"{self.path}: {name}")
+        """The object below `name`; empty where there is none.
+
+        Raises:
+            ValueError: if it is no object.
+        """
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected an object")
+        return Options(value, f"{self.path}: {name}")
 
     def choose(self, name: str, default: Any, choices: Mapping) -> Any:
         """What `choices` has for the entry.
@@ -258,3 +277,26 @@ class Options:
             raise ValueError(f"{self.path}: option {name} is {value!r}, which is not supported; "
                              f"supported: {', '.join(repr(c) for c in choices)}")
         return choices[value]
+
+    def count(self, name: str, default: int) -> int:
+        """The entry as a whole number above 0.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected a whole number "
+                             "above 0")
+        return value
+
+    def build(self, make: Callable, **values: Any) -> Any:
+        """`make(**values)`, its complaints about them with the name of this file.
+
+        Raises:
+            ValueError: as `make`.
+        """
+        try:
+            return make(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: not supported: {error}") from None

@@ -20,7 +20,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,12 +46,15 @@ class NameTable:
         aliases: (regular expression, replacement), applied in order to every key of a file before
             anything else: older and prefixed spellings become those of the rules.
         ignored: regular expressions for keys (after `aliases`) that need not be used.
+        constants: path of a parameter of ours that no file has -> the number that fills it, such
+            as statistics that stand in the configuration of the front end.
     """
 
     kind: str
     rules: tuple[tuple, ...]
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def under(ours: str, theirs: str, rules) -> tuple[tuple, ...]:
@@ -146,6 +150,7 @@ def fill(table: NameTable, shapes: Any, tensors: Tensors) -> Any:
         found[name].append(key)
     leaves = [(leaf_name(path), leaf) for path, leaf in
               jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    leaves = [(name, leaf) for name, leaf in leaves if name not in table.constants]
     origins = {name: _origin(table, name) for name, _ in leaves}
     wanted = {key for origin in origins.values() for key in origin.keys}
     twice = [keys for name, keys in found.items() if len(keys) > 1 and name in wanted]
@@ -169,9 +174,11 @@ def fill(table: NameTable, shapes: Any, tensors: Tensors) -> Any:
                          "belong together and are whole")
 
     def take(path, leaf):
-        origin = origins[leaf_name(path)]
+        name, shape = leaf_name(path), tuple(leaf.shape)
+        if name in table.constants:
+            return np.full(shape, table.constants[name], np.float32)
+        origin = origins[name]
         arrays = [_float32(tensors.read(found[key][0])) for key in origin.keys]
-        shape = tuple(leaf.shape)
         if origin.transform is None:
             return _to_ours(arrays[0], origin, shape)
         made = np.asarray(origin.transform[0](*arrays), np.float32)
@@ -188,6 +195,8 @@ def unfill(table: NameTable, params: Any) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     parts: dict[str, list] = collections.defaultdict(list)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if leaf_name(path) in table.constants:
+            continue
         origin = _origin(table, leaf_name(path))
         array = np.asarray(leaf, np.float32)
         if origin.transform:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import tokenizers
@@ -112,3 +114,75 @@ def test_impossible_requests_are_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "bare.json"))
     with pytest.raises(ValueError, match="no begin token; expected <s> or"):
         Tokenizer.load(tmp_path / "bare.json")
+
+
+AWKWARD = [
+    "", " ", "a dog", "  Two   dogs\tbark!\n", "naïve Ünïcödé 鳥が鳴く Ωmega",
+    "don't; (stop) 100% @#", "e\u0301 and é", "a\u00a0b\u200bc\ufeffd", "zebra xylophone qwerty",
+    "🐶🔊 woof", "\x00\x07bell", "dog " * 300,
+]
+
+
+def folder_of_merges(folder, **options):
+    """A RoBERTa tokenizer's vocab.json and merges.txt, learnt from `TEXTS`."""
+    folder.mkdir()
+    library = tokenizers.Tokenizer.from_str(Tokenizer.train(TEXTS, 400)._json)
+    library.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return folder
+
+
+def folder_of_words(folder, **options):
+    """A BERT tokenizer's vocab.txt."""
+    folder.mkdir()
+    letters = [chr(c) for c in range(33, 127)] + [*"éïüöΩ鳥"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "Two", "two", "bark", "##s",
+             "naive", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return folder
+
+
+@pytest.mark.parametrize("make, kind, options", [
+    (folder_of_merges, "RobertaTokenizer", {}),
+    (folder_of_merges, "RobertaTokenizer", {"add_prefix_space": True}),
+    (folder_of_words, "BertTokenizer", {}),
+    (folder_of_words, "BertTokenizer", {"do_lower_case": False}),
+    (folder_of_words, "BertTokenizer", {"do_lower_case": True, "strip_accents": False,
+                                        "tokenize_chinese_chars": False}),
+])
+def test_folders_encode_as_transformers_does(tmp_path, make, kind, options):
+    transformers = pytest.importorskip("transformers")
+    folder = make(tmp_path / "checkpoint", **options, tokenizer_class=kind)
+    theirs = getattr(transformers, kind).from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "fast")
+    assert (tmp_path / "fast" / "tokenizer.json").is_file()
+    for ours in (Tokenizer.load(folder), Tokenizer.load(tmp_path / "fast")):
+        for max_tokens in (8, 64):
+            expected = theirs(AWKWARD, max_length=max_tokens, truncation=True, padding="max_length")
+            ids, mask = ours.encode(AWKWARD, max_tokens)
+            np.testing.assert_array_equal(ids, expected["input_ids"])
+            np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
+
+
+def test_a_folder_is_read_in_the_order_of_the_documentation(tmp_path):
+    folder = folder_of_words(tmp_path / "all")
+    words = Tokenizer.load(folder)
+    folder_of_merges(tmp_path / "merges")
+    (folder / "vocab.json").write_bytes((tmp_path / "merges" / "vocab.json").read_bytes())
+    assert Tokenizer.load(folder).sha256 == words.sha256  # no merges.txt
+    (folder / "merges.txt").write_bytes((tmp_path / "merges" / "merges.txt").read_bytes())
+    assert Tokenizer.load(folder).sha256 == Tokenizer.load(tmp_path / "merges").sha256
+    trained = Tokenizer.train(TEXTS, 300)
+    trained.save(folder / "tokenizer.json")
+    assert Tokenizer.load(folder).sha256 == trained.sha256
+
+
+def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match="has no tokenizer, expected one of tokenizer.json, "
+                                         "vocab.json with merges.txt, vocab.txt"):
+        Tokenizer.load(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("}")
+    with pytest.raises(ValueError, match="vocab.json: not a vocab.json with merges.txt"):
+        Tokenizer.load(tmp_path)

@@ -100,6 +100,12 @@ class TestTorch:
         np.testing.assert_array_equal(tensors.read("half"), weight.numpy())
         assert tensors.extras == ({"epoch": 3} if below else {})
 
+    def test_numbers_of_numpy_are_data(self, tmp_path):
+        extras = {"epoch": np.int64(3), "loss": np.float64(0.5), "best": np.float32(2), "name": "x"}
+        self.torch.save({"state_dict": {"w": self.torch.ones(2)}, **extras}, tmp_path / "x.pt")
+        tensors = open_tensors(tmp_path)
+        assert tensors.extras == extras and tensors.shapes == {"w": (2,)}
+
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
         ran = tmp_path / "ran"
 
@@ -140,6 +146,14 @@ def test_options_name_the_file(tmp_path):
     assert options.choose("odd", None, {(1, 2): 3}) == 3
     with pytest.raises(ValueError, match=r"config.json: audio: option act is 'tanh'.*'gelu'"):
         options.section("audio").choose("act", "gelu", {"gelu": "gelu"})
+    assert Options({"n": 3}, path).count("n", 1) == 3
+    for value in (0, -1, True, 2.0, "3"):
+        with pytest.raises(ValueError, match="config.json: option n is .*; expected a whole"):
+            Options({"n": value}, path).count("n", 1)
+    with pytest.raises(ValueError, match="config.json: option audio is 3; expected an object"):
+        Options({"audio": 3}, path).section("audio")
+    with pytest.raises(ValueError, match="config.json: not supported: invalid literal"):
+        options.build(lambda text: int(text), text="x")
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds a list; expected an object"):
         read_json(path)

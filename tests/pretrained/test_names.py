@@ -1,5 +1,7 @@
 """Name tables on a file written by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -94,3 +96,11 @@ def test_what_does_not_fit_is_listed(theirs, shapes, tmp_path, change, message):
 def test_a_parameter_without_a_rule_is_our_mistake(shapes, tmp_path, theirs):
     with pytest.raises(LookupError, match="no rule for parameter 'novel'"):
         fill(TABLE, shapes | {"novel": shapes["cls"]}, opened(theirs, tmp_path))
+
+
+def test_what_no_file_has_is_a_constant_of_the_table(theirs, shapes, tmp_path):
+    table = dataclasses.replace(TABLE, constants={"input/mean": -4.5})
+    shapes |= {"input": {"mean": jax.ShapeDtypeStruct((2,), np.float32)}}
+    params = fill(table, shapes, opened(theirs, tmp_path))
+    assert params["input"]["mean"].tolist() == [-4.5, -4.5]
+    assert not any("mean" in key for key in unfill(table, params))
