@@ -40,6 +40,11 @@ class ASTConfig:
         return tuple((n - self.patch) // self.stride + 1 for n in (self.mels, self.frames))
 
     @property
+    def input_shape(self) -> tuple[int, int]:
+        """(frames, mels) of a row of audio."""
+        return self.frames, self.mels
+
+    @property
     def layer_widths(self) -> tuple[tuple[int, int], ...]:
         """(number of layers, width) of each stage: one stage."""
         return ((self.layers, self.width),)

@@ -6,7 +6,8 @@
 
     {audio: {...}, text: {...}, heads: {audio: {...}, text: {...}}, logit_scale: []}
 
-and tuning is {audio: ..., text: ...} in the format of `transformer.py`.
+and tuning is {audio: ..., text: ...} in the format of `transformer.py`. With one tower only there
+are no heads and no temperature: the embedding is the unit vector of what the tower pools.
 """
 
 from __future__ import annotations
@@ -28,16 +29,31 @@ AUDIO_TOWERS = {"htsat": (HTSATConfig, HTSATTower), "ast": (ASTConfig, ASTTower)
 BUFFERS = ("running_mean", "running_var", "input_mean", "input_std")
 
 
+HEADS = ("mlp", "residual")
+HEAD_ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False),
+                    "gelu_tanh": nn.gelu, "silu": nn.silu}
+
+
 class Head(nn.Module):
-    """CLAP's projection: Linear, ReLU, Linear."""
+    """A projection in float32: of CLAP ('mlp') or of MS-CLAP ('residual').
+
+    mlp:       W2 act(W1 x + b1) + b2
+    residual:  e = W1 x,  LayerNorm(e + W2 gelu(e))
+    """
 
     width: int
-    dtype: Any = jnp.float32
+    kind: str = "mlp"
+    activation: str = "relu"
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Dense(self.width, dtype=self.dtype, name="linear1")(x))
-        return nn.Dense(self.width, dtype=self.dtype, name="linear2")(x)
+        bias = self.kind == "mlp"
+        linear = lambda name: nn.Dense(self.width, use_bias=bias, name=name)
+        e = linear("linear1")(x)
+        if bias:
+            return linear("linear2")(HEAD_ACTIVATIONS[self.activation](e))
+        return nn.LayerNorm(1e-5, name="norm")(
+            e + linear("linear2")(HEAD_ACTIVATIONS["gelu"](e)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +61,32 @@ class DualEncoder:
     """Description of an audio-text model; its methods are pure functions of the parameters.
 
     Attributes:
-        audio: configuration of the audio tower (its type names the tower).
-        text: configuration of the text tower.
-        embedding: dimension d of the shared space.
+        audio: configuration of the audio tower (its type names the tower); None without one.
+        text: configuration of the text tower; None without one.
+        embedding: dimension d of the shared space; with one tower, its width.
+        head: 'mlp' or 'residual', see `Head`.
+        head_activation: of the 'mlp' head: 'relu', 'gelu', 'gelu_tanh' or 'silu'.
         dtype: 'float32' or 'bfloat16', of the towers' computation; heads, norms of the embeddings
             and everything after are float32.
     """
 
-    audio: HTSATConfig | ASTConfig
-    text: TextConfig
+    audio: HTSATConfig | ASTConfig | None
+    text: TextConfig | None
     embedding: int = 512
+    head: str = "mlp"
+    head_activation: str = "relu"
     dtype: str = "float32"
 
     def __post_init__(self):
+        if not self.towers:
+            raise ValueError("a model has no tower; expected audio, text or both")
+        if len(self.towers) == 1:
+            object.__setattr__(self, "embedding", _width(next(iter(self.towers.values()))))
+        if self.head not in HEADS:
+            raise ValueError(f"model.head is {self.head!r}; expected one of {HEADS}")
+        if self.head_activation not in HEAD_ACTIVATIONS:
+            raise ValueError(f"model.head_activation is {self.head_activation!r}; expected one of "
+                             f"{[*HEAD_ACTIVATIONS]}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 
@@ -72,18 +101,31 @@ class DualEncoder:
         missing = sorted({"audio", "text"} - set(config))
         if missing:
             raise ValueError(f"model has no {missing}; it describes an audio and a text tower")
-        audio = dict(config.pop("audio"))
-        kind = audio.pop("kind", None)
-        if kind not in AUDIO_TOWERS:
-            raise ValueError(f"model.audio.kind is {kind!r}; expected one of {[*AUDIO_TOWERS]}")
-        return cls(audio=_build(AUDIO_TOWERS[kind][0], audio, "model.audio"),
-                   text=_build(TextConfig, dict(config.pop("text")), "model.text"),
-                   **_known(cls, config, "model"))
+        audio, text = config.pop("audio"), config.pop("text")
+        if audio is not None:
+            audio = dict(audio)
+            kind = audio.pop("kind", None)
+            if kind not in AUDIO_TOWERS:
+                raise ValueError(
+                    f"model.audio.kind is {kind!r}; expected one of {[*AUDIO_TOWERS]}")
+            audio = _build(AUDIO_TOWERS[kind][0], audio, "model.audio")
+        if text is not None:
+            text = _build(TextConfig, dict(text), "model.text")
+        return cls(audio=audio, text=text, **_known(cls, config, "model"))
 
     def to_dict(self) -> dict:
         """The nested dict that `from_dict` takes."""
-        kind = next(k for k, (c, _) in AUDIO_TOWERS.items() if isinstance(self.audio, c))
-        return dataclasses.asdict(self) | {"audio": {"kind": kind} | dataclasses.asdict(self.audio)}
+        out = dataclasses.asdict(self)
+        if self.audio is not None:
+            kind = next(k for k, (c, _) in AUDIO_TOWERS.items() if isinstance(self.audio, c))
+            out["audio"] = {"kind": kind} | out["audio"]
+        return out
+
+    @property
+    def towers(self) -> dict[str, Any]:
+        """{'audio': configuration, 'text': configuration} of the towers that are there."""
+        both = {"audio": self.audio, "text": self.text}
+        return {side: config for side, config in both.items() if config is not None}
 
     @property
     def _compute_dtype(self):
@@ -96,32 +138,42 @@ class DualEncoder:
     def _text_tower(self):
         return TextTower(self.text, self._compute_dtype)
 
+    def _head(self):
+        return Head(self.embedding, self.head, self.head_activation)
+
     def input_shapes(self, batch: int, max_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one batch as the encoders take it."""
-        shape = jax.ShapeDtypeStruct
-        return {"audio": shape((batch, self.audio.frames, self.audio.mels), jnp.float32),
-                "token_ids": shape((batch, max_tokens), jnp.int32),
-                "token_mask": shape((batch, max_tokens), jnp.bool_)}
+        shape, shapes = jax.ShapeDtypeStruct, {}
+        if self.audio is not None:
+            shapes["audio"] = shape((batch, *self.audio.input_shape), jnp.float32)
+        if self.text is not None:
+            shapes |= {"token_ids": shape((batch, max_tokens), jnp.int32),
+                       "token_mask": shape((batch, max_tokens), jnp.bool_)}
+        return shapes
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters in float32; the temperature starts at 1 / 0.07."""
         keys = jax.random.split(key, 4)
         blank = {k: jnp.zeros(s.shape, s.dtype) for k, s in self.input_shapes(1, 1).items()}
-        head = Head(self.embedding)
         make = lambda module, key, *args: module.init(key, *args)["params"]
-        return {
-            "audio": make(self._audio_tower(), keys[0], blank["audio"]),
-            "text": make(self._text_tower(), keys[1], blank["token_ids"],
-                         jnp.ones_like(blank["token_mask"])),
-            "heads": {
-                "audio": make(head, keys[2], jnp.zeros((1, self.audio.layer_widths[-1][1]))),
-                "text": make(head, keys[3], jnp.zeros((1, self.text.width)))},
-            "logit_scale": jnp.asarray(math.log(1 / 0.07), jnp.float32),
-        }
+        params = {}
+        if self.audio is not None:
+            params["audio"] = make(self._audio_tower(), keys[0], blank["audio"])
+        if self.text is not None:
+            params["text"] = make(self._text_tower(), keys[1], blank["token_ids"],
+                                  jnp.ones_like(blank["token_mask"]))
+        if len(self.towers) == 2:
+            params["heads"] = {side: make(self._head(), key, jnp.zeros((1, _width(tower))))
+                               for key, (side, tower) in zip(keys[2:], self.towers.items())}
+            params["logit_scale"] = jnp.asarray(math.log(1 / 0.07), jnp.float32)
+        return params
 
     def encode_audio(self, params: dict, tuning: dict | None, audio: jax.Array,
                      mask: jax.Array | None = None, *, key: jax.Array | None = None) -> dict:
-        """Log-mels [B, frames, mels] in dB -> tokens, hidden, pooled, embedding [B, d] (unit rows).
+        """Audio [B, *input_shape] -> tokens, hidden, pooled, embedding [B, d] (unit rows).
+
+        Audio is what the tower takes: log-mels [B, frames, mels] in the unit of its front end, or
+        waveforms [B, samples] with a mask that is False on padding.
 
         `key` turns dropout on (training); without it the result is a function of each row alone.
         """
@@ -137,14 +189,20 @@ class DualEncoder:
         return self._project(params, "text", out)
 
     def _project(self, params, side, out):
-        x = Head(self.embedding).apply({"params": params["heads"][side]},
-                                       out["pooled"].astype(jnp.float32))
+        x = out["pooled"].astype(jnp.float32)
+        if len(self.towers) == 2:
+            x = self._head().apply({"params": params["heads"][side]}, x)
         return out | {"embedding": x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)}
 
 
 def _apply(module, params, key, *args):
     rngs = None if key is None else {"dropout": key}
     return module.apply({"params": params}, *args, key is None, rngs=rngs)
+
+
+def _width(tower) -> int:
+    """Width of what a tower pools."""
+    return tower.layer_widths[-1][1]
 
 
 def _known(cls, values: dict, where: str) -> dict:

@@ -64,6 +64,11 @@ class HTSATConfig:
         return self.spec_size * (self.spec_size // self.mels)
 
     @property
+    def input_shape(self) -> tuple[int, int]:
+        """(frames, mels) of a row of audio."""
+        return self.frames, self.mels
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Side of the token grid of each stage."""
         return tuple(self.spec_size // self.patch >> s for s in range(len(self.depths)))
