@@ -43,8 +43,8 @@ class Cnn14Config:
 
     @property
     def layer_widths(self) -> tuple[tuple[int, int], ...]:
-        """Empty: there are no transformer layers."""
-        return ()
+        """One stage of no transformer layers, with the width of the pooled vector."""
+        return ((0, self.width),)
 
     @property
     def input_shape(self) -> tuple[int, int]:
