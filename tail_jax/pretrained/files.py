@@ -35,7 +35,8 @@ class Tensors:
     Attributes:
         path: the file, or the index of several.
         shapes: key -> shape, of every array.
-        extras: what else a PyTorch file holds beside the weights.
+        extras: what else the file holds: a safetensors file's metadata, or all that stands beside
+            the weights of a PyTorch file.
     """
 
     def __init__(self, path, shapes: Mapping[str, tuple[int, ...]],
@@ -44,7 +45,7 @@ class Tensors:
         self.extras = dict(extras or {})
 
     def read(self, key: str) -> np.ndarray:
-        """The array called `key`; floating-point numbers as float32, in memory of its own."""
+        """The array called `key`, as stored, in memory of its own."""
         return self._read(key)
 
 
@@ -128,7 +129,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
                              "or download it again")
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", {})
             entries = {key: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]),
                              8 + length + e["data_offsets"][0], 8 + length + e["data_offsets"][1])
                        for key, e in header.items()}
@@ -156,9 +157,9 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
                     raise ValueError(f"{path}: ended while {key!r} was being read; was it "
                                      "replaced?")
                 done += count
-        return _float32(target)
+        return target
 
-    return Tensors(path, {key: entry[1] for key, entry in entries.items()}, read)
+    return Tensors(path, {key: entry[1] for key, entry in entries.items()}, read, metadata)
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
@@ -189,7 +190,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
 
     def read(key: str) -> np.ndarray:
         tensor = weights[key].detach()
-        if tensor.is_floating_point():
+        if tensor.dtype == torch.bfloat16:  # unknown to NumPy
             tensor = tensor.to(torch.float32)
         out = empty(tuple(tensor.shape), tensor.numpy().dtype)
         np.copyto(out, tensor.numpy())
@@ -209,14 +210,6 @@ def _weights_of(content: Any, tensor: type) -> tuple[dict, dict]:
             return {k: v for k, v in inner.items() if isinstance(v, tensor)}, rest
     return ({str(k): v for k, v in content.items() if isinstance(v, tensor)},
             {k: v for k, v in content.items() if not isinstance(v, tensor)})
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.float32 or array.dtype.kind in "iub":
-        return array
-    out = empty(array.shape)
-    out[...] = array
-    return out
 
 
 def read_json(path) -> dict:

@@ -94,6 +94,14 @@ def _origin(table: NameTable, name: str) -> _Origin:
                    transform[0] if transform else None, last)
 
 
+def _float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.float32:
+        return array
+    out = empty(array.shape)
+    out[...] = array
+    return out
+
+
 def _to_ours(array: np.ndarray, origin: _Origin, shape: tuple[int, ...]) -> np.ndarray:
     """Their array in our layout, in memory of its own (`array` itself where nothing changes)."""
     if origin.part:
@@ -162,10 +170,10 @@ def fill(table: NameTable, shapes: Any, tensors: Tensors) -> Any:
 
     def take(path, leaf):
         origin = origins[leaf_name(path)]
-        arrays = [tensors.read(found[key][0]) for key in origin.keys]
+        arrays = [_float32(tensors.read(found[key][0])) for key in origin.keys]
         shape = tuple(leaf.shape)
         if origin.transform is None:
-            return _to_ours(arrays[0].astype(np.float32, copy=False), origin, shape)
+            return _to_ours(arrays[0], origin, shape)
         made = np.asarray(origin.transform[0](*arrays), np.float32)
         if made.shape != shape:
             raise ValueError(f"{tensors.path}: {' and '.join(origin.keys)} make an array "

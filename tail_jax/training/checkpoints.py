@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 import safetensors.numpy
 
+from tail_jax.pretrained.files import open_tensors
 from tail_jax.tuning.masks import leaf_name
 
 _LIST = "__list__"
@@ -115,7 +115,7 @@ def tree_hash(tree: Any) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(flatten(tree).items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(leaf.tobytes())
+        digest.update(leaf.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
@@ -134,15 +134,8 @@ def load_tree(path: pathlib.Path) -> tuple[dict, dict]:
     Raises:
         ValueError: if there is no such file, it is damaged, or not ours.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            flat = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    if "tail_jax" not in metadata:
+    tensors = open_tensors(path)
+    if "tail_jax" not in tensors.extras:
         raise ValueError(f"{path}: has no tail_jax header; expected a file written by tail_jax")
-    return unflatten(flat), json.loads(metadata["tail_jax"])
+    flat = {name: tensors.read(name) for name in tensors.shapes}
+    return unflatten(flat), json.loads(tensors.extras["tail_jax"])

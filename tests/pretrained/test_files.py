@@ -26,8 +26,8 @@ def test_safetensors_are_read_as_written(arrays, tmp_path):
     assert tensors.shapes == {k: v.shape for k, v in arrays.items()}
     for key, array in arrays.items():
         read = tensors.read(key)
-        np.testing.assert_array_equal(read, array.astype(read.dtype))
-        assert read.dtype == (np.int64 if key == "ids" else np.float32)
+        np.testing.assert_array_equal(read, array)
+        assert read.dtype == array.dtype
 
 
 def test_shards_are_found_through_their_index(arrays, tmp_path):
@@ -97,7 +97,7 @@ class TestTorch:
         self.torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
         tensors = open_tensors(tmp_path)
         np.testing.assert_array_equal(tensors.read("w"), weight.numpy())
-        assert tensors.read("half").dtype == np.float32
+        np.testing.assert_array_equal(tensors.read("half"), weight.numpy())
         assert tensors.extras == ({"epoch": 3} if below else {})
 
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
