@@ -170,10 +170,11 @@ def _open_torch(path: pathlib.Path) -> Tensors:
                          "'tail_jax[torch]' (safetensors need nothing)") from None
     load = lambda mmap: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     try:
-        try:
-            content = load(True)
-        except RuntimeError:  # files from before 2020 cannot be mapped
-            content = load(False)
+        with torch.serialization.safe_globals(_numbers()):
+            try:
+                content = load(True)
+            except RuntimeError:  # files from before 2020 cannot be mapped
+                content = load(False)
     except pickle.UnpicklingError as error:
         asked = str(error).partition("GLOBAL ")[2].split()
         what = f"asks for {asked[0]}" if asked else "is more than tensors, or damaged"
@@ -197,6 +198,16 @@ def _open_torch(path: pathlib.Path) -> Tensors:
         return out
 
     return Tensors(path, {key: tuple(value.shape) for key, value in weights.items()}, read, extras)
+
+
+def _numbers() -> list:
+    """What PyTorch may make of a file beside tensors: NumPy numbers, such as a trainer's best loss.
+
+    LAION's checkpoints have some. They are data; the rule that nothing is executed stays.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
+            np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "efd?"}]
 
 
 def _weights_of(content: Any, tensor: type) -> tuple[dict, dict]:

@@ -100,6 +100,12 @@ class TestTorch:
         np.testing.assert_array_equal(tensors.read("half"), weight.numpy())
         assert tensors.extras == ({"epoch": 3} if below else {})
 
+    def test_numbers_of_numpy_are_data(self, tmp_path):
+        extras = {"epoch": np.int64(3), "loss": np.float64(0.5), "best": np.float32(2), "name": "x"}
+        self.torch.save({"state_dict": {"w": self.torch.ones(2)}, **extras}, tmp_path / "x.pt")
+        tensors = open_tensors(tmp_path)
+        assert tensors.extras == extras and tensors.shapes == {"w": (2,)}
+
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
         ran = tmp_path / "ran"
 
