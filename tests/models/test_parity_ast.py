@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tail_jax.models.ast import ASTConfig, ASTTower  # noqa: E402
-from tests.models.parity import AST, close, converted, randomise, recorded  # noqa: E402
+from tail_jax.pretrained.ast import AST  # noqa: E402
+from tests.models.parity import close, converted, randomise, recorded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,9 +38,8 @@ def test_ast_equals_transformers_layer_by_layer(name):
     tower = ASTTower(config)
     # In dB: their feature extractor normalises with the same two constants before the model.
     audio = np.random.default_rng(4).normal(-4, 9, (3, *config.input_shape)).astype(np.float32)
-    statistics = {"input_mean": np.float32(-4.2677393), "input_std": np.float32(4.5689974)}
     params = jax.eval_shape(tower.init, jax.random.key(0), audio)["params"]
-    params = converted(params, model, AST, skip=statistics) | statistics
+    params = converted(params, model, AST, input_mean=-4.2677393, input_std=4.5689974)
     hidden = recorded([model.embeddings, *model.layers])
     expected = model(torch.tensor((audio + 4.2677393) / (2 * 4.5689974)))
     out = jax.jit(tower.apply)({"params": params}, audio)

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 from tail_jax.models.bert import TextConfig  # noqa: E402
 from tail_jax.models.dual_encoder import DualEncoder  # noqa: E402
 from tail_jax.models.htsat import HTSATConfig, HTSATTower  # noqa: E402
-from tests.models.parity import (  # noqa: E402
-    CLAP, HTSAT, close, converted, randomise, recorded, tokens)
+from tail_jax.pretrained.clap import HTSAT, TABLE  # noqa: E402
+from tests.models.parity import close, converted, randomise, recorded, tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -135,7 +135,7 @@ def test_clap_equals_transformers(fusion):
         TextConfig(vocab_size=50, width=32, layers=2, heads=4, hidden=48, max_positions=20),
         embedding=24)
     shapes = jax.eval_shape(ours.init, jax.random.key(0))
-    params = converted(shapes, theirs, CLAP, skip=("logit_scale_t",))
+    params = converted(shapes, theirs, TABLE.rules)
     audio = spectrograms(ours.audio, 59)
     ids, mask = tokens(2, 50)
     channels = torch.tensor(audio if fusion else audio[:, None])

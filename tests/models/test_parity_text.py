@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tail_jax.models.bert import TextConfig, TextTower  # noqa: E402
-from tests.models.parity import TEXT, close, converted, randomise, tokens  # noqa: E402
+from tail_jax.pretrained.bert import TEXT  # noqa: E402
+from tests.models.parity import close, converted, randomise, tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
