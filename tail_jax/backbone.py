@@ -58,7 +58,7 @@ class Backbone:
     def embeddings(self) -> Embeddings:
         """The model on the device, ready to embed; made on first use."""
         return Embeddings(self.model, self.params, self.front_end, self.tokenizer, self.max_tokens,
-                          self.tuning, self.name)
+                          self.name, self.tuning)
 
     def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
                     **options) -> np.ndarray:

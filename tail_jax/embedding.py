@@ -41,15 +41,15 @@ class Embeddings:
 
     def __init__(self, model: DualEncoder, params: dict, front_end: Any = None,
                  tokenizer: os.PathLike | str | None = None, max_tokens: int = 0,
-                 tuning: dict | None = None, name: str = "model"):
+                 name: str = "model", tuning: dict | None = None):
         """Args:
             model: the description.
             params: NumPy tree; goes to the device on first use.
             front_end: `data_pipelines.front_end.FrontEnd`, for models with an audio tower.
             tokenizer: path of a tokenizer.json, for models with a text tower.
             max_tokens: longest text, begin and end included; what is longer is cut.
-            tuning: what a method learned beside the parameters, as the encoders take it.
             name: of the model, for messages.
+            tuning: what a method learned beside the parameters, as the encoders take it.
         """
         self.model, self.front_end, self.name = model, front_end, name
         self.traces = 0

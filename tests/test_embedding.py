@@ -202,7 +202,7 @@ def test_nothing_in_nothing_out(waves, clap):
 
 def test_log_mel_rows_are_the_models_own_forward_pass(clap, clips):
     rows = np.concatenate([clap.front_end.rows(c) for c in clips])
-    out = clap.model.encode_audio(clap._host_params, None, rows)["embedding"]
+    out = clap.model.encode_audio(clap._host_params[0], None, rows)["embedding"]
     np.testing.assert_allclose(clap.embed_audio(clips), out, atol=1e-5)
     assert np.abs(np.asarray(out)[0] - np.asarray(out)[1:]).max() > 1e-2  # clips do differ
 
@@ -222,7 +222,7 @@ def test_text_is_embedded_alike_alone_in_any_batch_in_any_order_and_twice(clap):
     texts = captions(150) + [" ".join(WORDS * 20)]
     whole = clap.embed_text(texts, batch_size=16)
     ids, mask = Tokenizer.load(clap._tokenizer_path).encode(texts, 100)
-    direct = clap.model.encode_text(clap._host_params, None, ids, mask)["embedding"]
+    direct = clap.model.encode_text(clap._host_params[0], None, ids, mask)["embedding"]
     np.testing.assert_allclose(whole, direct, atol=1e-5)
     np.testing.assert_array_equal(clap.embed_text(texts, batch_size=16), whole)
     np.testing.assert_allclose(clap.embed_text(texts, batch_size=7), whole, atol=1e-5)
@@ -251,7 +251,7 @@ def test_tokenizing_in_pieces_is_tokenizing_at_once(clap, monkeypatch):
 
 @pytest.mark.parametrize("log_scale", [math.log(1 / 0.07), 9.0])
 def test_probabilities_are_the_softmax_of_scaled_cosines(clap, clips, log_scale):
-    clap = Embeddings(clap.model, clap._host_params | {"logit_scale": np.float32(log_scale)},
+    clap = Embeddings(clap.model, clap._host_params[0] | {"logit_scale": np.float32(log_scale)},
                       clap.front_end, clap._tokenizer_path, 100)
     names = ["rain", "dogs {x}", "wind"]
     out = clap.classify(clips[:6], names, "a roof and {}")
@@ -276,7 +276,7 @@ def test_encoders_take_prepared_inputs_and_give_all_layers(clap, waves, clips):
 
 
 def test_bfloat16_is_near_and_returns_float32(clap, clips):
-    half = Embeddings(dataclasses.replace(clap.model, dtype="bfloat16"), clap._host_params,
+    half = Embeddings(dataclasses.replace(clap.model, dtype="bfloat16"), clap._host_params[0],
                       clap.front_end, clap._tokenizer_path, 100)
     for exact, near in ((clap.embed_audio(clips), half.embed_audio(clips)),
                         (clap.embed_text(captions(9)), half.embed_text(captions(9)))):
