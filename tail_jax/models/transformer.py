@@ -29,6 +29,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# Of the feed-forward branch. 'gelu' is x Phi(x); 'gelu_tanh' its approximation by a tanh.
+ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_tanh": nn.gelu,
+               "relu": nn.relu, "silu": nn.silu}
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """(value, value) of a number, two numbers as they are: sizes along the axes of an image."""
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """Shape of one transformer block.
@@ -36,11 +47,13 @@ class BlockConfig:
     Attributes:
         width: token dimension d.
         heads: attention heads; `width` is divisible by it.
-        hidden: inner dimension of the feed-forward network (exact GELU).
+        hidden: inner dimension of the feed-forward network.
         norm: 'pre' (ViT, Swin) or 'post' (BERT) layer normalisation.
         epsilon: epsilon of the layer norms.
         dropout: rate on both residual branches; acts only when a key is given.
         dtype: of the computation; parameters keep their own.
+        activation: of the feed-forward network, one of `ACTIVATIONS`.
+        qkv_bias: whether the query, key and value projections have biases.
     """
 
     width: int
@@ -50,12 +63,17 @@ class BlockConfig:
     epsilon: float = 1e-5
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    activation: str = "gelu"
+    qkv_bias: bool = True
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm is {self.norm!r}; expected 'pre' or 'post'")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; expected one of "
+                             f"{[*ACTIVATIONS]}")
 
 
 _DENSE = ("query", "key", "value", "out", "up", "down")
@@ -133,7 +151,7 @@ class Block(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x, bias=None, mask=None, tuning=None, deterministic=True):
+    def __call__(self, x, bias=None, mask=None, tuning=None, deterministic=True, present=None):
         """Returns tokens of the same shape.
 
         Args:
@@ -142,6 +160,9 @@ class Block(nn.Module):
             mask: bool, broadcastable to [..., h, S, S].
             tuning: of this layer, from `layer_tuning`.
             deterministic: False applies dropout with the 'dropout' key.
+            present: bool, broadcastable to [..., S, 1]; the other tokens meet the attention as
+                zeros, after the norm of a pre-norm block, and are attended to like any (HTSAT
+                fills grids up to whole windows so).
         """
         c, tuning = self.config, jax.tree.map(self._cast, tuning or {})
         lora = tuning.get("lora", {})
@@ -149,13 +170,15 @@ class Block(nn.Module):
         norm2 = nn.LayerNorm(c.epsilon, dtype=c.dtype, name="norm2")
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
         widths = dict.fromkeys(_DENSE, c.width) | {"up": c.hidden}
-        layers = {name: nn.Dense(w, dtype=c.dtype, name=name) for name, w in widths.items()}
+        layers = {name: nn.Dense(w, c.qkv_bias or name not in ("query", "key", "value"),
+                                 dtype=c.dtype, name=name) for name, w in widths.items()}
 
         def dense(name, y):
             low_rank = (y @ lora[name]["a"]) @ lora[name]["b"] if name in lora else 0.0
             return layers[name](y) + low_rank
 
         def attend(y):
+            y = y if present is None else jnp.where(present, y, 0)
             # Extra keys and values stand before those of the tokens; see the top of the file.
             keys, values, shown = [dense("key", y)], [dense("value", y)], []
             if "prompts" in tuning:
@@ -175,7 +198,7 @@ class Block(nn.Module):
             return dense("out", out.reshape(y.shape))
 
         def feed_forward(y):
-            return dense("down", nn.gelu(dense("up", y), approximate=False))
+            return dense("down", ACTIVATIONS[c.activation](dense("up", y)))
 
         def adapt(h):
             if "adapter" not in tuning:
