@@ -112,6 +112,32 @@ class Tokenizer:
         aside.write_text(self._json, encoding="utf-8")
         os.replace(aside, path)
 
+    def export(self, directory, max_tokens: int) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` for readers other than this one.
+
+        Those rely on the file to put begin and end around a text, and to name padding.
+        """
+        tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        begin, pad, end = map(tokenizer.id_to_token, (self.begin_id, self.pad_id, self.end_id))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{begin} $A {end}",
+            pair=f"{begin} $A {end} {end} $B {end}",
+            special_tokens=[(begin, self.begin_id), (end, self.end_id)],
+        )
+        names = {"bos": begin, "cls": begin, "eos": end, "sep": end, "pad": pad}
+        for role, found in (("unk", ("<unk>", "[UNK]")), ("mask", ("<mask>", "[MASK]"))):
+            known = [name for name in found if tokenizer.token_to_id(name) is not None]
+            names |= {role: known[0]} if known else {}
+        config = {f"{role}_token": name for role, name in names.items()} | {
+            "model_max_length": max_tokens,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        directory = pathlib.Path(directory)
+        Tokenizer(tokenizer).save(directory / "tokenizer.json")
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
+
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts, cut to `max_tokens` with the end token kept, padded to `max_tokens`.
 

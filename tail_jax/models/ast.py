@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tail_jax.models.transformer import BlockConfig, Stack
+from tail_jax.models.transformer import BlockConfig, Stack, pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,26 +18,40 @@ class ASTConfig:
 
     Attributes:
         frames, mels: fixed size of the input log-mel.
-        patch, stride: square patch and its step, in both directions.
+        patch: side of the square patch.
+        stride: its step, one number or (along mels, along frames).
         width, layers, heads, hidden: of the encoder.
-        epsilon, dropout: of the blocks.
+        activation, qkv_bias, epsilon, dropout: of the blocks.
     """
 
     frames: int = 1024
     mels: int = 128
     patch: int = 16
-    stride: int = 10
+    stride: int | tuple[int, int] = 10
     width: int = 768
     layers: int = 12
     heads: int = 12
     hidden: int = 3072
     epsilon: float = 1e-12
     dropout: float = 0.0
+    activation: str = "gelu"
+    qkv_bias: bool = True
+
+    def __post_init__(self):
+        if self.patch > min(self.mels, self.frames):
+            raise ValueError(f"patch {self.patch} is larger than the log-mel of {self.frames} "
+                             f"frames and {self.mels} mels")
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        """Shape of one row of audio: (frames, mels)."""
+        return self.frames, self.mels
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along (mels, frames); token order is mel-major."""
-        return tuple((n - self.patch) // self.stride + 1 for n in (self.mels, self.frames))
+        return tuple((size - self.patch) // step + 1
+                     for size, step in zip((self.mels, self.frames), pair(self.stride)))
 
     @property
     def input_shape(self) -> tuple[int, int]:
@@ -60,14 +74,14 @@ class ASTTower(nn.Module):
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
         del mask  # the window is fixed: silence is input, not padding
         c = self.config
-        if audio.shape[1:] != (c.frames, c.mels):
+        if audio.shape[1:] != c.input_shape:
             raise ValueError(f"AST got log-mels of shape {audio.shape[1:]} (frames, mels); "
                              f"this model takes ({c.frames}, {c.mels})")
         mean = self.param("input_mean", nn.initializers.constant(-4.2677393), ())
         std = self.param("input_std", nn.initializers.constant(4.5689974), ())
         mean, std = jax.lax.stop_gradient((mean, std))  # statistics, not parameters
         x = ((audio - mean) / (2 * std)).transpose(0, 2, 1)[..., None].astype(self.dtype)
-        x = nn.Conv(c.width, (c.patch, c.patch), (c.stride, c.stride), "VALID", dtype=self.dtype,
+        x = nn.Conv(c.width, (c.patch, c.patch), pair(c.stride), "VALID", dtype=self.dtype,
                     name="patch")(x)
         x = x.reshape(x.shape[0], -1, c.width)
         small = nn.initializers.normal(0.02)
@@ -77,7 +91,7 @@ class ASTTower(nn.Module):
         x += self.param("position", small, (x.shape[1], c.width)).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
-                            self.dtype)
+                            self.dtype, c.activation, c.qkv_bias)
         hidden = Stack(block, c.layers, name="encoder")(x, None, tuning, deterministic)
         tokens = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(hidden[-1])
         return {"tokens": tokens, "hidden": hidden, "pooled": tokens[:, :2].mean(1)}

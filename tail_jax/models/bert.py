@@ -19,8 +19,11 @@ class TextConfig:
         vocab_size, width, layers, heads, hidden: as usual.
         max_positions: rows of the position table (RoBERTa's counts its two reserved rows).
         type_vocab_size: rows of the token-type table; every token has type 0.
+        positions: 'tokens' counts real tokens, so that padding on the left does not shift them
+            (RoBERTa); 'columns' counts columns of the batch (BERT, as transformers computes it).
         position_offset: first position used: 0 for BERT, pad id + 1 = 2 for RoBERTa.
         pool: 'cls' (BERT), 'pooler' (CLAP's RoBERTa: tanh(W cls + b)) or 'mean' over the mask.
+        activation: of the blocks.
         epsilon, dropout: of the blocks and the embedding.
     """
 
@@ -35,10 +38,15 @@ class TextConfig:
     pool: str = "pooler"
     epsilon: float = 1e-12
     dropout: float = 0.0
+    activation: str = "gelu"
+    positions: str = "tokens"
 
     def __post_init__(self):
         if self.pool not in ("cls", "pooler", "mean"):
             raise ValueError(f"text pool is {self.pool!r}; expected 'cls', 'pooler' or 'mean'")
+        if self.positions not in ("tokens", "columns"):
+            raise ValueError(f"text positions is {self.positions!r}; expected 'tokens' or "
+                             "'columns'")
 
     @property
     def max_tokens(self) -> int:
@@ -67,15 +75,17 @@ class TextTower(nn.Module):
         embed = lambda rows, name: nn.Embed(
             rows, c.width, dtype=self.dtype, name=name,
             embedding_init=nn.initializers.normal(0.02))
-        # Positions count real tokens only, so padding on either side leaves them alone.
-        positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0) + c.position_offset
+        if c.positions == "tokens":
+            positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+        else:
+            positions = jnp.arange(token_ids.shape[1])
         x = embed(c.vocab_size, "word")(token_ids)
-        x += embed(c.max_positions, "position")(positions)
-        x += embed(c.type_vocab_size, "token_type")(jnp.zeros_like(token_ids))
+        x += embed(c.max_positions, "position")(positions + c.position_offset)
+        x += embed(c.type_vocab_size, "token_type")(jnp.zeros(1, jnp.int32))
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout,
-                            self.dtype)
+                            self.dtype, c.activation)
         hidden = Stack(block, c.layers, name="encoder")(x, mask, tuning, deterministic)
         tokens = hidden[-1]
         if c.pool == "mean":

@@ -1,7 +1,8 @@
 """Weight files of other projects, as named arrays that are read one at a time.
 
-Safetensors are read by offset into the buffer that becomes the parameter. A memory map would be shorter, but its pages
-count as memory of the process: a load would need the weights twice.
+Safetensors are read by offset into the buffer that becomes the parameter. A memory map would be
+shorter, but its pages count as memory of the process: a load would need the weights twice. PyTorch
+files are mapped, since PyTorch offers nothing else, and mapped anew every few megabytes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # In this order: what a folder is read from.
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                  "pytorch_model.bin.index.json")
+_MAPPED = 32 << 20  # bytes of a PyTorch file to read before mapping it anew
 _ALIGNMENT = 64  # what XLA asks of a host buffer that it uses without a copy
 
 
@@ -168,12 +170,16 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     except ImportError:
         raise ValueError(f"{path}: a PyTorch file; reading it needs the extra: pip install "
                          "'tail_jax[torch]' (safetensors need nothing)") from None
-    load = lambda mmap: torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+    def load(mmap: bool):
+        with torch.serialization.safe_globals(_numbers()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
     try:
         try:
-            content = load(True)
+            content, mapped = load(True), True
         except RuntimeError:  # files from before 2020 cannot be mapped
-            content = load(False)
+            content, mapped = load(False), False
     except pickle.UnpicklingError as error:
         asked = str(error).partition("GLOBAL ")[2].split()
         what = f"asks for {asked[0]}" if asked else "is more than tensors, or damaged"
@@ -188,28 +194,60 @@ def _open_torch(path: pathlib.Path) -> Tensors:
         raise ValueError(f"{path}: holds no tensors; expected a state dict, alone or under "
                          "'state_dict' or 'model'")
 
+    del content  # tensors beside the weights would keep the whole file mapped
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    touched = 0
+
+    def part(key: str, start: int, stop: int) -> np.ndarray:
+        nonlocal weights, touched
+        if mapped and touched > _MAPPED:
+            weights, touched = {}, 0
+            weights = _weights_of(load(True), torch.Tensor)[0]
+        numbers = weights[key].detach().reshape(-1)[start:stop]
+        touched += numbers.nbytes
+        if numbers.dtype == torch.bfloat16:  # unknown to NumPy
+            numbers = numbers.to(torch.float32)
+        return numbers.numpy()
+
     def read(key: str) -> np.ndarray:
-        tensor = weights[key].detach()
-        if tensor.dtype == torch.bfloat16:  # unknown to NumPy
-            tensor = tensor.to(torch.float32)
-        out = empty(tuple(tensor.shape), tensor.numpy().dtype)
-        np.copyto(out, tensor.numpy())
+        out = empty(shapes[key], part(key, 0, 0).dtype)
+        flat, step = out.reshape(-1), _MAPPED // out.itemsize
+        for start in range(0, flat.size, step):
+            flat[start:start + step] = part(key, start, start + step)
         return out
 
-    return Tensors(path, {key: tuple(value.shape) for key, value in weights.items()}, read, extras)
+    return Tensors(path, shapes, read, extras)
+
+
+def _numbers() -> list:
+    """What PyTorch may make of a file beside tensors: NumPy numbers, such as a trainer's best loss.
+
+    LAION's checkpoints have some. They are data; the rule that nothing is executed stays.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
+            np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "efd?"}]
 
 
 def _weights_of(content: Any, tensor: type) -> tuple[dict, dict]:
-    """(tensors, the rest) of what a file holds; training code puts weights one level down."""
+    """(tensors, the rest) of what a file holds; training code puts weights one level down.
+
+    Tensors elsewhere, as of an optimizer, are in neither.
+    """
     if not isinstance(content, Mapping):
         return {}, {}
-    for name in ("state_dict", "model", "module"):
-        inner = content.get(name)
-        if isinstance(inner, Mapping) and any(isinstance(v, tensor) for v in inner.values()):
-            rest = {k: v for k, v in content.items() if k != name}
-            return {k: v for k, v in inner.items() if isinstance(v, tensor)}, rest
-    return ({str(k): v for k, v in content.items() if isinstance(v, tensor)},
-            {k: v for k, v in content.items() if not isinstance(v, tensor)})
+    inner = next((content[name] for name in ("state_dict", "model", "module")
+                  if isinstance(content.get(name), Mapping)
+                  and any(isinstance(v, tensor) for v in content[name].values())), content)
+    weights = {str(k): v for k, v in inner.items() if isinstance(v, tensor)}
+    return weights, {k: v for k, v in content.items() if v is not inner and not _holds(v, tensor)}
+
+
+def _holds(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind, or contains one that is."""
+    inner = value.values() if isinstance(value, Mapping) else \
+        value if isinstance(value, (list, tuple, set)) else ()
+    return isinstance(value, kind) or any(_holds(v, kind) for v in inner)
 
 
 def read_json(path, kind: type = dict) -> Any:

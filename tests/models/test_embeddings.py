@@ -22,6 +22,10 @@ TEXT = TextConfig(vocab_size=30, width=12, layers=4, heads=3, hidden=20, max_pos
 MODELS = {
     "htsat": DualEncoder(HTSATConfig(spec_size=16, mels=8, patch=2, width=8, depths=(2, 2),
                                      heads=(2, 2), window=4), TEXT, embedding=10),
+    "fused": DualEncoder(HTSATConfig(spec_size=16, mels=6, patch=4, stride=2, width=8,
+                                     depths=(2, 2), heads=(2, 2), window=3, fusion=True,
+                                     activation="silu", qkv_bias=False),
+                         dataclasses.replace(TEXT, pool="mean"), embedding=10),
     "ast": DualEncoder(ASTConfig(frames=20, mels=12, patch=4, stride=3, width=12, layers=4,
                                  heads=3, hidden=20, epsilon=1e-5),
                        dataclasses.replace(TEXT, pool="cls", position_offset=0), embedding=10)}
@@ -54,7 +58,8 @@ def setup(name):
     rng = np.random.default_rng(3)
     lengths = np.array([9, 4, 1, 6, 2])
     mask = np.arange(9) < lengths[:, None]
-    batch = {"audio": rng.normal(0, 1, (ROWS, model.audio.frames, model.audio.mels)),
+    channels = (4,) * (name == "fused")
+    batch = {"audio": rng.normal(0, 1, (ROWS, *channels, *model.audio.input_shape)),
              "token_ids": np.where(mask, rng.integers(4, 30, mask.shape), 1), "token_mask": mask}
     return audio, text, batch | {"audio": batch["audio"].astype(np.float32)}
 
@@ -86,6 +91,20 @@ def test_embedding_does_not_depend_on_padding_rows(name):
     close(a[:2], audio(batch["audio"])[:2])
     close(t[:2], text(batch["token_ids"], batch["token_mask"])[:2])
     assert np.isfinite(a).all() and np.isfinite(t).all()
+
+
+def test_mask_of_a_fused_model_says_of_each_row_whether_its_parts_are_looked_at():
+    model, batch = MODELS["fused"], setup("fused")[2]["audio"]
+    params = randomised(jax.eval_shape(model.init, jax.random.key(0)), 7)
+    encode = jax.jit(lambda *args: model.encode_audio(params, None, *args)["embedding"])
+    longer, whole = np.array([True, False, True, False, False]), batch.copy()
+    whole[:, 1:] = 0
+    got, full, other = encode(batch, longer), encode(batch), encode(whole, longer)
+    close(got[longer], full[longer])
+    close(got[~longer], other[~longer])
+    assert (np.abs(got - full)[~longer].max(1) > 0.01).all()
+    assert (np.abs(got - other)[longer].max(1) > 0.01).all()
+    close(encode(batch[:, 0]), encode(np.repeat(batch[:, :1], 4, 1)))
 
 
 @BOTH
@@ -134,7 +153,7 @@ def test_statistics_get_no_gradient(name):
         if path[-1].key in BUFFERS:
             found += 1
             assert (np.asarray(g) == 0).all(), path
-    assert found == 2 and np.abs(g).max() > 0
+    assert found == (10 if name == "fused" else 2) and np.abs(g).max() > 0
 
 
 @BOTH
@@ -172,10 +191,16 @@ def test_wrong_descriptions_are_errors_that_name_the_key(change, message):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: HTSATConfig(depths=(2, 2)), "depths .* and heads .* differ"),
-    (lambda: HTSATConfig(spec_size=250), "must be a multiple"),
-    (lambda: HTSATConfig(window=7), "window 7 does not divide"),
-    (lambda: HTSATConfig(spec_size=192, window=6, mels=64, patch=4, depths=(1,) * 6,
-                         heads=(4,) * 6), "cannot be halved 5 times"),
+    (lambda: HTSATConfig(spec_size=250), r"must be a multiple of spec_size // mels .64. = 3"),
+    (lambda: HTSATConfig(mels=300), r"must be a multiple of spec_size // mels .300. = 0"),
+    (lambda: HTSATConfig(patch=5, stride=4), "patches of 5 with stride 4 do not tile"),
+    (lambda: HTSATConfig(patch=(4, 2), stride=4), "patches of 2 with stride 4 do not tile"),
+    (lambda: HTSATConfig(spec_size=192, patch=4, depths=(1,) * 6, heads=(4,) * 6),
+     "48 patches a side cannot be halved 5 times"),
+    (lambda: HTSATConfig(patch=128, depths=(1,), heads=(4,), fusion=True), "three patches of 128"),
+    (lambda: ASTConfig(mels=12), "patch 16 is larger than the log-mel of 1024 frames and 12"),
+    (lambda: TextConfig(positions="rows"), "text positions is 'rows'; expected 'tokens' or"),
+    (lambda: BlockConfig(9, 3, 4, activation="selu"), "activation is 'selu'; expected one of"),
     (lambda: BlockConfig(10, 3, 4), "not divisible by heads 3"),
     (lambda: BlockConfig(9, 3, 4, "none"), "norm is 'none'")])
 def test_impossible_shapes_are_errors(make, message):
@@ -194,6 +219,13 @@ def test_inputs_of_the_wrong_shape_are_errors():
     with pytest.raises(ValueError, match="at most 32 frames of 8 mels"):
         encode(htsat, jax.eval_shape(htsat.init, jax.random.key(0)),
                shape((2, 33, 8), jnp.float32))
+    for audio in ((2, 4, 32, 8), (32, 8), (2, 32, 7)):
+        with pytest.raises(ValueError, match="takes at most 32 frames of 8 mels"):
+            encode(htsat, jax.eval_shape(htsat.init, jax.random.key(0)), shape(audio, jnp.float32))
+    fused = MODELS["fused"]
+    for audio in ((2, 3, 32, 6), (2, 4, 33, 6)):
+        with pytest.raises(ValueError, match="one or four spectrograms of at most 32 frames of 6"):
+            encode(fused, jax.eval_shape(fused.init, jax.random.key(0)), shape(audio, jnp.float32))
     with pytest.raises(ValueError, match="17 tokens, but the position table holds 16"):
         jax.eval_shape(lambda p, i, m: model.encode_text(p, None, i, m), params,
                        shape((2, 17), jnp.int32), shape((2, 17), jnp.bool_))

@@ -100,6 +100,23 @@ class TestTorch:
         np.testing.assert_array_equal(tensors.read("half"), weight.numpy())
         assert tensors.extras == ({"epoch": 3} if below else {})
 
+    def test_arrays_are_whole_however_often_a_file_is_mapped_anew(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("tail_jax.pretrained.files._MAPPED", 100)
+        weights = {f"w{i}": self.torch.randn(7, i) for i in range(1, 9)}
+        # An optimizer's tensors are no weights, and must not keep the file in memory.
+        optimizer = {"state": [{"momentum": self.torch.ones(3)}], "step": 5}
+        self.torch.save({"model": weights, "optimizer": optimizer, "epoch": 3}, tmp_path / "x.pt")
+        tensors = open_tensors(tmp_path)
+        assert tensors.extras == {"epoch": 3}
+        for key in [*weights, *weights]:
+            np.testing.assert_array_equal(tensors.read(key), weights[key].numpy())
+
+    def test_numbers_of_numpy_are_data(self, tmp_path):
+        extras = {"epoch": np.int64(3), "loss": np.float64(0.5), "best": np.float32(2), "name": "x"}
+        self.torch.save({"state_dict": {"w": self.torch.ones(2)}, **extras}, tmp_path / "x.pt")
+        tensors = open_tensors(tmp_path)
+        assert tensors.extras == extras and tensors.shapes == {"w": (2,)}
+
     def test_a_pickle_that_wants_to_run_code_is_refused(self, tmp_path):
         ran = tmp_path / "ran"
 

@@ -231,19 +231,22 @@ def test_per_example_tuning_gives_each_row_its_own(norm, kind):
 
 # --- HTSAT windows ----------------------------------------------------------------------------
 
-SIDE, WINDOW = 6, 2
+WINDOW = 2
 
 
 def literal_swin(params, x, prompts, shifted):
     """Shifted-window attention with prompts put into every window and dropped, by loops."""
-    shift, n = (WINDOW // 2 if shifted else 0), prompts.shape[1]
+    grid, (shift, n) = x.shape[1:3], (WINDOW // 2 if shifted else 0, prompts.shape[1])
+    full = [-(-side // WINDOW) * WINDOW for side in grid]
     places = [[((r * WINDOW + i), (c * WINDOW + j)) for i in range(WINDOW) for j in range(WINDOW)]
-              for r in range(SIDE // WINDOW) for c in range(SIDE // WINDOW)]
-    table, out = np.asarray(params["relative_position_bias"]), np.array(x)
+              for r in range(full[0] // WINDOW) for c in range(full[1] // WINDOW)]
+    filled = np.zeros((x.shape[0], *full, WIDTH), np.float32)
+    filled[:, :grid[0], :grid[1]] = x
+    table, out = np.asarray(params["relative_position_bias"]), np.array(filled)
     for window in places:
         # Where the tokens of this window of the rolled grid stand in the grid itself.
-        home = [((i + shift) % SIDE, (j + shift) % SIDE) for i, j in window]
-        wrapped = [(i + shift >= SIDE, j + shift >= SIDE) for i, j in window]
+        home = [((i + shift) % full[0], (j + shift) % full[1]) for i, j in window]
+        wrapped = [(i + shift >= full[0], j + shift >= full[1]) for i, j in window]
         bias = np.zeros((HEADS, n + len(window), n + len(window)), np.float32)
         mask = np.ones((n + len(window), n + len(window)), bool)
         for q, (qi, qj) in enumerate(window):
@@ -251,18 +254,20 @@ def literal_swin(params, x, prompts, shifted):
                 row = (qi - ki + WINDOW - 1) * (2 * WINDOW - 1) + qj - kj + WINDOW - 1
                 bias[:, n + q, n + k] = table[row]
                 mask[n + q, n + k] = wrapped[q] == wrapped[k]
+        present = [True] * n + [i < grid[0] and j < grid[1] for i, j in home]
         rows, columns = np.array(home).T
-        y = jnp.concatenate([prompts, x[:, rows, columns]], 1)
-        y = block("pre")(params["block"], y, bias, mask)
+        y = jnp.concatenate([prompts, filled[:, rows, columns]], 1)
+        y = block("pre")(params["block"], y, bias, mask, None, True, np.array(present)[:, None])
         out[:, rows, columns] = np.asarray(y[:, n:])
-    return out
+    return out[:, :grid[0], :grid[1]]
 
 
 @EITHER
 @pytest.mark.parametrize("shifted", [False, True])
-def test_prompts_in_windows_equal_inserting_tokens_in_every_window(shifted, batched):
-    module = SwinBlock(CONFIGS["pre"], SIDE, WINDOW, shifted)
-    x = jnp.asarray(np.random.default_rng(12).normal(size=(2, SIDE, SIDE, WIDTH)), jnp.float32)
+@pytest.mark.parametrize("grid", [(6, 6), (5, 7), (6, 3)], ids=["square", "odd", "flat"])
+def test_prompts_in_windows_equal_inserting_tokens_in_every_window(grid, shifted, batched):
+    module = SwinBlock(CONFIGS["pre"], grid, WINDOW, shifted)
+    x = jnp.asarray(np.random.default_rng(12).normal(size=(2, *grid, WIDTH)), jnp.float32)
     params = randomised(jax.eval_shape(module.init, jax.random.key(0), x)["params"], 13)
     prompts = make_tuning("prompts", 2 if batched else 1, WIDTH, HIDDEN, 14)["prompts"]
     own = prompts[:, None] if batched else prompts[0]
@@ -271,7 +276,8 @@ def test_prompts_in_windows_equal_inserting_tokens_in_every_window(shifted, batc
                             shifted))
 
 
-HTSAT = HTSATConfig(spec_size=16, mels=8, patch=2, width=8, depths=(2, 2), heads=(2, 2), window=4)
+# Windows of 3 on grids of 8 and 4: filled up, so every kind of tuning meets what fills them.
+HTSAT = HTSATConfig(spec_size=16, mels=8, patch=2, width=8, depths=(2, 2), heads=(2, 2), window=3)
 
 
 @functools.cache
