@@ -42,8 +42,8 @@ def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
     data["spec_augment"] = config_dict.placeholder(dict)
     return ConfigDict({
         "seed": seed,
-        "model": preset(model).to_dict(),
-        "backbone": {"kind": "pretrain", "path": "", "pretrain": {}},
+        "model": preset(model).to_dict() | {"checkpoint": ""},
+        "backbone": {"kind": "pretrain", "pretrain": {}},
         "method": methods.defaults(method),
         "data": data,
         "stream": {"kind": "folders", "name": "", "tasks": (), "scenes": {}, "order": (),

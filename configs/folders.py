@@ -5,7 +5,7 @@
 
 ROOT/birds, ROOT/rain, ... each hold a metadata.csv (file_name, caption, label, group, split) and
 the audio it names. The backbone is pretrained on the embedded base corpus, or, with
---config.backbone.kind=checkpoint --config.backbone.path=FOLDER, read from a backbone folder.
+--config.model.checkpoint=FOLDER, read from a backbone folder.
 """
 
 from ml_collections import ConfigDict

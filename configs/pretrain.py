@@ -14,7 +14,7 @@ def get_config(arg=None) -> ConfigDict:
     args = common.parse(arg, model="mini-ast", seed=0)
     config = common.base_config("sequential", args["seed"], args["model"], common.MINI_LOG_MEL,
                                 window_seconds=2.55, max_tokens=24)
-    config.backbone = {"kind": "random", "path": "", "pretrain": {}}
+    config.backbone = {"kind": "random", "pretrain": {}}
     config.method.learning_rate = 2e-3
     config.method.weight_decay = 0.05
     config.stream.kind = "embedded"

@@ -1,6 +1,10 @@
 """The TAIL stream at full size on AST-base and BERT-base with new heads: configuration A.
 
     python -m tail_jax.describe --config=configs/tail_ast.py:method=ptat
+    python -m tail_jax.train --config=configs/tail_ast.py:method=ptat --workdir=DIR \
+        --config.model.checkpoint=AST+BERT --config.data.root=CORPORA
+
+AST and BERT are two checkpoint folders.
 """
 
 import dataclasses

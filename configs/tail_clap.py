@@ -2,7 +2,7 @@
 
     python -m tail_jax.describe --config=configs/tail_clap.py:method=ptat
     python -m tail_jax.train --config=configs/tail_clap.py:method=ptat --workdir=DIR \
-        --config.backbone.path=BACKBONE --config.data.root=CORPORA
+        --config.model.checkpoint=CHECKPOINT --config.data.root=CORPORA
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,17 @@
 """Incremental audio-text learning in JAX.
 
-    backbone = tail_jax.load("WORKDIR/backbone")
-    tuning, header = tail_jax.load_tuning("WORKDIR/tuning/task_4.safetensors", backbone)
+    model = tail_jax.load("CHECKPOINT")              # CLAP, AST, BERT, wav2vec 2.0, EAT, ...
+    model.embed_audio(["dog.wav"]) @ model.embed_text(["a dog barks"]).T
+    model = tail_jax.load("CHECKPOINT", tuning="WORKDIR/tuning/task_4.safetensors")
 
 Imports happen on use: this module alone costs nothing.
 """
 
 
-def load(path):
-    """The backbone in a folder, see `tail_jax.backbone.load_backbone`."""
-    from tail_jax.backbone import load_backbone
-    return load_backbone(path)
+def load(path, tuning=None, dtype=None):
+    """The model in a checkpoint folder or file, see `tail_jax.backbone.load`."""
+    from tail_jax import backbone
+    return backbone.load(path, tuning, dtype)
 
 
 def load_tuning(path, backbone=None):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
+from data_pipelines.front_end import FrontEnd
+from data_pipelines.log_mel import LogMelSettings
+from data_pipelines.text import Tokenizer
+from tail_jax import methods, pretrained
+from tail_jax.embedding import TEMPLATE, Embeddings
 from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.pretrained import find_tokenizer
+from tail_jax.pretrained.files import open_tensors
 from tail_jax.training.checkpoints import check_same_structure, load_tree, save_tree, tree_hash
 
 WEIGHTS, TOKENIZER = "backbone.safetensors", "tokenizer.json"
@@ -21,69 +27,163 @@ WEIGHTS, TOKENIZER = "backbone.safetensors", "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A dual encoder with everything needed to feed it.
+    """A pretrained model with everything needed to feed it.
 
     Attributes:
         name: for people.
         model: the description; its methods are the encoders.
         params: NumPy tree.
-        front_end: the data settings its inputs were made with (log-mel, window, tokens).
-        tokenizer: path of its tokenizer.json.
-        sha256: of the parameters (`checkpoints.tree_hash`).
+        front_end: from a clip to the model's input; None for a model of text alone.
+        max_tokens: longest text, begin and end included; 0 for a model of audio alone.
+        tokenizer: its tokenizer.json, or a folder with vocabulary files; None without one.
+        tuning: what a method learned beside the parameters, as the encoders take it, or None.
+        stored_hash: the hash that came with the parameters; empty where none did.
     """
 
     name: str
     model: DualEncoder
     params: dict
-    front_end: dict
-    tokenizer: pathlib.Path
-    sha256: str
+    front_end: FrontEnd | None
+    max_tokens: int
+    tokenizer: pathlib.Path | None
+    tuning: dict | None = None
+    stored_hash: str = ""
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the parameters (`checkpoints.tree_hash`)."""
+        return self.stored_hash or tree_hash(self.params)
+
+    @functools.cached_property
+    def embeddings(self) -> Embeddings:
+        """The model on the device, ready to embed; made on first use."""
+        return Embeddings(self.model, self.params, self.front_end, self.tokenizer, self.max_tokens,
+                          self.name, self.tuning)
+
+    def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
+                    **options) -> np.ndarray:
+        """Unit embeddings of clips (paths or arrays), [n, d]; see `Embeddings.embed_audio`."""
+        return self.embeddings.embed_audio(clips, sampling_rate, policy, **options)
+
+    def embed_text(self, texts, **options) -> np.ndarray:
+        """Unit embeddings of texts, [n, d]; see `Embeddings.embed_text`."""
+        return self.embeddings.embed_text(texts, **options)
+
+    def classify(self, clips, class_names, template: str = TEMPLATE, **options) -> np.ndarray:
+        """Probabilities of classes given by name, [n, classes]; see `Embeddings.classify`."""
+        return self.embeddings.classify(clips, class_names, template, **options)
+
+    def encode_audio(self, audio, mask=None) -> dict:
+        """Tokens and all layers of prepared rows; see `Embeddings.encode_audio`."""
+        return self.embeddings.encode_audio(audio, mask)
+
+    def encode_text(self, token_ids, mask) -> dict:
+        """Tokens and all layers of token ids and mask; see `Embeddings.encode_text`."""
+        return self.embeddings.encode_text(token_ids, mask)
 
 
-def front_end_of(data: dict) -> dict:
-    """The part of the data settings that a backbone is tied to."""
-    return {k: data[k] for k in ("log_mel", "window_seconds", "max_tokens")}
+def front_end_of(data: dict) -> tuple[FrontEnd, int]:
+    """The part of the data settings that a backbone is tied to: front end and longest text."""
+    return (FrontEnd(LogMelSettings(**data["log_mel"]), data["window_seconds"]),
+            data["max_tokens"])
 
 
-def save_backbone(directory, name: str, model: DualEncoder, params: dict, front_end: dict,
-                  tokenizer) -> Backbone:
+def load(path, tuning=None, dtype: str | None = None) -> Backbone:
+    """The model in a checkpoint.
+
+    Args:
+        path: a folder in the Hugging Face layout (CLAP, AST, BERT, RoBERTa, wav2vec 2.0,
+            data2vec-audio, EAT), a weight file of LAION CLAP, MS-CLAP 2022 or EAT, or a backbone
+            folder of this project.
+        tuning: a `tuning/task_K.safetensors` of a run on this checkpoint, to embed with what it
+            learned.
+        dtype: 'float32' or 'bfloat16', of the towers' computation; by default the checkpoint's.
+
+    Raises:
+        ValueError: if anything is missing, damaged, unknown, or does not belong together.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() and (path / WEIGHTS).is_file():
+        backbone = _load_own(path)
+    else:
+        description, params = pretrained.load(path)
+        folder = path if path.is_dir() else path.parent
+        backbone = Backbone(path.resolve().name, description.model, params, description.front_end,
+                            description.max_tokens, find_tokenizer(folder))
+    if dtype is not None:
+        backbone = dataclasses.replace(
+            backbone, model=dataclasses.replace(backbone.model, dtype=dtype))
+    return backbone if tuning is None else tuned(backbone, tuning)
+
+
+def describe(path) -> tuple[DualEncoder, FrontEnd | None, int]:
+    """(model, front end, longest text) of a checkpoint; reads no weights. Raises as `load`."""
+    path = pathlib.Path(path)
+    if path.is_dir() and (path / WEIGHTS).is_file():
+        return _header(open_tensors(path / WEIGHTS).extras.get("tail_jax", "{}"), path / WEIGHTS)
+    description, _ = pretrained.describe(path)
+    return description.model, description.front_end, description.max_tokens
+
+
+def save_backbone(directory, backbone: Backbone) -> Backbone:
     """Writes a backbone folder (weights last, so that a folder with weights is whole)."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer, target = pathlib.Path(tokenizer), directory / TOKENIZER
-    if tokenizer != target:
-        shutil.copyfile(tokenizer, target.with_suffix(".aside"))
-        os.replace(target.with_suffix(".aside"), target)
-    header = {"kind": "backbone", "name": name, "model": model.to_dict(), "front_end": front_end,
-              "sha256": tree_hash(params)}
-    save_tree(directory / WEIGHTS, params, header)
-    return load_backbone(directory)
+    if backbone.tokenizer is not None and backbone.tokenizer != directory / TOKENIZER:
+        Tokenizer.load(backbone.tokenizer).save(directory / TOKENIZER)
+    header = {"kind": "backbone", "name": backbone.name, "model": backbone.model.to_dict(),
+              "front_end": backbone.front_end and backbone.front_end.to_dict(),
+              "max_tokens": backbone.max_tokens, "tokenizer": backbone.tokenizer is not None,
+              "sha256": backbone.sha256}
+    save_tree(directory / WEIGHTS, backbone.params, header)
+    return load(directory)
 
 
-def load_backbone(directory) -> Backbone:
-    """The backbone in a folder that `save_backbone` (or a run's `backbone/`) wrote.
+def _header(text: str, path: pathlib.Path) -> tuple[DualEncoder, FrontEnd | None, int]:
+    header = json.loads(text)
+    if header.get("kind") != "backbone":
+        raise ValueError(f"{path}: holds {header.get('kind')!r}, not a backbone")
+    front_end = header["front_end"]
+    return (DualEncoder.from_dict(header["model"]),
+            front_end and FrontEnd.from_dict(front_end), header["max_tokens"])
+
+
+def _load_own(directory: pathlib.Path) -> Backbone:
+    path = directory / WEIGHTS
+    params, header = load_tree(path)
+    model, front_end, max_tokens = _header(json.dumps(header), path)
+    if header["tokenizer"] and not (directory / TOKENIZER).is_file():
+        raise ValueError(f"{directory}: has no {TOKENIZER}; copy the whole backbone folder")
+    check_same_structure(jax.eval_shape(model.init, jax.random.key(0)), params, str(path))
+    if tree_hash(params) != header["sha256"]:
+        raise ValueError(f"{path}: the values are not those that were saved, the file is damaged; "
+                         "copy it again")
+    return Backbone(header["name"], model, params, front_end, max_tokens,
+                    directory / TOKENIZER if header["tokenizer"] else None,
+                    stored_hash=header["sha256"])
+
+
+def combine(audio: Backbone, text: Backbone, embedding: int, seed: int) -> Backbone:
+    """A dual encoder of the audio tower of one checkpoint and the text tower of another.
+
+    The projection heads and the temperature are new, drawn from `seed`.
 
     Raises:
-        ValueError: if the folder or a file is missing, damaged, or of another model.
+        ValueError: if a tower is not there.
     """
-    directory = pathlib.Path(directory)
-    params, header = load_tree(directory / WEIGHTS)
-    if header.get("kind") != "backbone":
-        raise ValueError(f"{directory / WEIGHTS}: holds {header.get('kind')!r}, not a backbone")
-    if not (directory / TOKENIZER).is_file():
-        raise ValueError(f"{directory}: has no {TOKENIZER}; copy the whole backbone folder")
-    model = DualEncoder.from_dict(header["model"])
-    check_same_structure(jax.eval_shape(model.init, jax.random.key(0)), params,
-                         str(directory / WEIGHTS))
-    if tree_hash(params) != header["sha256"]:
-        raise ValueError(f"{directory / WEIGHTS}: the values are not those that were saved, the "
-                         "file is damaged; copy it again")
-    return Backbone(header["name"], model, params, header["front_end"], directory / TOKENIZER,
-                    header["sha256"])
+    for side, backbone in (("audio", audio), ("text", text)):
+        if side not in backbone.model.towers:
+            raise ValueError(f"{backbone.name} has no {side} tower; name the checkpoint with the "
+                             "audio tower first, then the one with the text tower")
+    model = DualEncoder(audio.model.audio, text.model.text, embedding)
+    fresh = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
+    params = fresh | {"audio": audio.params["audio"], "text": text.params["text"]}
+    return Backbone(f"{audio.name}+{text.name}", model, params, audio.front_end, text.max_tokens,
+                    text.tokenizer)
 
 
-def random_backbone(model: DualEncoder, seed: int, front_end: dict, tokenizer,
-                    mel_mean: np.ndarray, mel_var: np.ndarray) -> Backbone:
+def random_backbone(model: DualEncoder, seed: int, data: dict, tokenizer, mel_mean: np.ndarray,
+                    mel_var: np.ndarray) -> Backbone:
     """Untrained parameters whose input statistics fit data of that mean and variance a mel band."""
     params = jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
     if "input_norm" in params["audio"]:
@@ -94,7 +194,7 @@ def random_backbone(model: DualEncoder, seed: int, front_end: dict, tokenizer,
         total = mel_var.mean() + mel_mean.var()
         params["audio"] |= {"input_mean": np.asarray(mel_mean.mean(), np.float32),
                             "input_std": np.asarray(total**0.5 / 2, np.float32)}
-    return Backbone("random", model, params, front_end, pathlib.Path(tokenizer), tree_hash(params))
+    return Backbone("random", model, params, *front_end_of(data), pathlib.Path(tokenizer))
 
 
 def load_tuning(path, backbone: Backbone | None = None) -> tuple[Any, dict]:
@@ -112,6 +212,15 @@ def load_tuning(path, backbone: Backbone | None = None) -> tuple[Any, dict]:
         raise ValueError(f"{path}: trained beside backbone {header['backbone_sha256'][:12]}, got "
                          f"{backbone.sha256[:12]}; load the backbone named in its header")
     return tree, header
+
+
+def tuned(backbone: Backbone, path) -> Backbone:
+    """The backbone with what a run's tuning file holds. Raises as `load_tuning`."""
+    tree, header = load_tuning(path, backbone)
+    method = methods.build(header["method"])
+    params, tuning = method.resolve(backbone.model, tree, method.frozen(backbone.params))
+    return dataclasses.replace(backbone, params=params, tuning=tuning, stored_hash="",
+                               name=f"{backbone.name}, {pathlib.Path(path).name}")
 
 
 def content_hash(*parts: Any) -> str:

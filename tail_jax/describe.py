@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from tail_jax import cli, methods, settings
-from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
+from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting.writers import write_json_atomic
 from tail_jax.training import sharding
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -26,7 +26,8 @@ PTAT_SHARE = 0.0242
 
 def describe(config: dict) -> dict:
     """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts)."""
-    model, method = DualEncoder.from_dict(config["model"]), methods.build(config["method"])
+    config = settings.with_checkpoint(config)
+    model, method = settings.described_model(config), methods.build(config["method"])
     mesh = sharding.make_mesh(**config["mesh"])
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: method.begin_task(

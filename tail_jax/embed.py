@@ -1,11 +1,11 @@
 """Embeds audio files and texts with a checkpoint.
 
     python -m tail_jax.embed --checkpoint=DIR --audio=FOLDER|metadata.csv|FILE --output=out.npz \\
-        [--text=captions.txt] [--policy=chunk_mean] [--batch_size=16] [--dtype=bfloat16]
+        [--text=captions.txt] [--tuning=FILE] [--policy=chunk_mean] [--dtype=bfloat16]
 
 The result has `audio` [n, d] and `audio_paths` [n], `text` [m, d] and `texts` [m], with captions of
 a metadata.csv `text_audio` [m], the row of `audio` that a text belongs to (-1: left out), and
-`checkpoint`, `sha256`, `policy` and `dtype`. Killed and started again, it goes on with the next
+`checkpoint`, `sha256`, `tuning` (hash), `policy` and `dtype`. Killed and started again, it goes on with the next
 part: finished ones lie in `OUTPUT.parts/` until the result is written.
 """
 
@@ -26,6 +26,7 @@ import tail_jax
 from data_pipelines import listing, progress
 from tail_jax import cli, settings
 from tail_jax.backbone import content_hash
+from tail_jax.training.checkpoints import tree_hash
 
 # Of the formats that libsndfile reads.
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
@@ -145,7 +146,8 @@ def embed(backbone, inputs: Inputs, output, policy: str | None = None,
     if on_error == "raise":
         _raise(inputs, _without_header(inputs.paths))
     parts = pathlib.Path(f"{output}.parts")
-    model = (backbone.sha256, backbone.model.dtype)
+    tuning = tree_hash(backbone.tuning) if backbone.tuning else ""
+    model = (backbone.sha256, backbone.model.dtype, tuning)
 
     def audio(paths, show):
         failures: dict[int, str] = {}
@@ -171,7 +173,8 @@ def embed(backbone, inputs: Inputs, output, policy: str | None = None,
             row = {number: row for row, number in enumerate(kept)}
             result["text_audio"] = np.array([row.get(n, -1) for n in inputs.text_path], np.int64)
     _write(output, result | {"checkpoint": backbone.name, "sha256": backbone.sha256,
-                             "policy": policy or "", "dtype": backbone.model.dtype})
+                             "policy": policy or "", "dtype": backbone.model.dtype,
+                             "tuning": tuning})
     shutil.rmtree(parts, ignore_errors=True)
     return failures
 
@@ -232,9 +235,7 @@ def main() -> None:
     args = flags.FLAGS
     inputs = read_inputs(args.audio, args.text)
     settings.start_jax()
-    backbone = tail_jax.load(args.checkpoint)
-    model = dataclasses.replace(backbone.model, dtype=args.dtype)
-    backbone = dataclasses.replace(backbone, model=model)
+    backbone = tail_jax.load(args.checkpoint, tuning=args.tuning, dtype=args.dtype)
     failures = embed(backbone, inputs, args.output, args.policy, args.batch_size, args.on_error)
     if failures:
         print(listing(f"left out {len(failures)} of {len(inputs.paths)} audio files",
@@ -245,13 +246,15 @@ def main() -> None:
 def define_flags() -> None:
     """--checkpoint, --audio, --text, --output, --policy, --batch_size, --dtype and --on_error."""
     flags.DEFINE_string("checkpoint", None, "Checkpoint folder or file.", required=True)
+    flags.DEFINE_string("tuning", None, "A run's tuning/task_K.safetensors, to embed with it.")
     flags.DEFINE_string("audio", None, "Audio file, folder of them, caption folder or metadata.csv")
     flags.DEFINE_string("text", None, "File with a text a line; by default the table's captions.")
     flags.DEFINE_string("output", None, "File to write, .npz.", required=True)
     flags.DEFINE_enum("policy", None, ["repeatpad", "center", "chunk_mean"],
                       "For clips not as long as the model's window; by default the checkpoint's.")
     flags.DEFINE_integer("batch_size", None, "Rows of a batch.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the towers' computation.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                      "Of the towers' computation; by default the checkpoint's.")
     flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "What to do about unusable files.")
 
 

@@ -41,7 +41,7 @@ class Embeddings:
 
     def __init__(self, model: DualEncoder, params: dict, front_end: Any = None,
                  tokenizer: os.PathLike | str | None = None, max_tokens: int = 0,
-                 name: str = "model"):
+                 name: str = "model", tuning: dict | None = None):
         """Args:
             model: the description.
             params: NumPy tree; goes to the device on first use.
@@ -49,10 +49,11 @@ class Embeddings:
             tokenizer: path of a tokenizer.json, for models with a text tower.
             max_tokens: longest text, begin and end included; what is longer is cut.
             name: of the model, for messages.
+            tuning: what a method learned beside the parameters, as the encoders take it.
         """
         self.model, self.front_end, self.name = model, front_end, name
         self.traces = 0
-        self._host_params, self._tokenizer_path = params, tokenizer
+        self._host_params, self._tokenizer_path = (params, tuning), tokenizer
         self._max_tokens = max_tokens
         self._encode = {"audio": self._jit(model.encode_audio), "text": self._jit(model.encode_text)}
         self._embed = {"audio": self._jit(model.encode_audio, "embedding"),
@@ -144,7 +145,7 @@ class Embeddings:
         names = self._texts(class_names, "class_names")
         texts = self.embed_text([template.replace("{}", name) for name in names], progress=False)
         audio = self.embed_audio(clips, sampling_rate, policy, batch_size, progress)
-        scale = min(np.exp(np.float64(self._host_params["logit_scale"])), 100.0)
+        scale = min(np.exp(np.float64(self._host_params[0]["logit_scale"])), 100.0)
         logits = scale * audio.astype(np.float64) @ texts.T
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -189,11 +190,11 @@ class Embeddings:
 
     @functools.cached_property
     def _params(self):
-        params = self._host_params
+        params, tuning = self._host_params
         if self.model.dtype != "float32":
             from tail_jax.training.step import cast_frozen
             params = cast_frozen(params, self.model.dtype)
-        return jax.device_put(params)
+        return jax.device_put((params, tuning))
 
     @functools.cached_property
     def _tokenizer(self):
@@ -206,7 +207,7 @@ class Embeddings:
             # Accelerators would multiply float32 with 8 to 11 bits; bfloat16 is there for that.
             precision = "highest" if self.model.dtype == "float32" else None
             with jax.default_matmul_precision(precision):
-                out = encode(params, None, *inputs)
+                out = encode(*params, *inputs)
             return out[output] if output else out
         return jax.jit(run)
 

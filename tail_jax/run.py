@@ -160,37 +160,47 @@ def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,
     Pretraining is a run of its own in a folder named by the hash of everything it depends on, so
     it happens once, and resumes when killed.
     """
-    kind, front_end = config["backbone"]["kind"], backbones.front_end_of(config["data"])
+    kind = config["backbone"]["kind"]
+    if config["model"]["checkpoint"]:
+        return _from_checkpoint(config)
     if kind == "checkpoint":
-        if not config["backbone"]["path"]:
-            raise ValueError("backbone.path is empty; pass --config.backbone.path=DIR, a backbone "
-                             "folder such as WORKDIR/backbone of a pretraining run")
-        backbone = backbones.load_backbone(config["backbone"]["path"])
-        if backbone.front_end != front_end:
-            raise ValueError(f"{config['backbone']['path']}: made for the front end "
-                             f"{backbone.front_end}, config.data says {front_end}")
-        return backbone
+        raise ValueError("model.checkpoint is empty; pass --config.model.checkpoint=DIR, a "
+                         "checkpoint folder or WORKDIR/backbone of a pretraining run")
     if kind == "pretrain":
-        return _pretrained(config, front_end, pretrain)
+        return _pretrained(config, pretrain)
     if kind != "random":
         raise ValueError(f"backbone.kind is {kind!r}; expected checkpoint, pretrain or random")
-    model, tokenizer = DualEncoder.from_dict(config["model"]), workdir / "tokenizer.json"
+    model, tokenizer = settings.described_model(config), workdir / "tokenizer.json"
     if not tokenizer.exists():
         captions = [caption for task in stream.tasks for caption in task.train.captions]
         Tokenizer.train(captions, model.text.vocab_size).save(tokenizer)
     mean, var = settings.mel_statistics(read(config, tokenizer, stream.tasks[0].train),
                                         config["eval"]["batch_size"])
-    return backbones.random_backbone(model, config["seed"], front_end, tokenizer, mean, var)
+    return backbones.random_backbone(model, config["seed"], config["data"], tokenizer, mean, var)
 
 
-def _pretrained(config: dict, front_end: dict, pretrain: Callable | None) -> Backbone:
+def _from_checkpoint(config: dict) -> Backbone:
+    parts = [backbones.load(part)
+             for part in settings.checkpoint_parts(config["model"]["checkpoint"])]
+    if len(parts) == 2:
+        parts = [backbones.combine(*parts, config["model"]["embedding"], config["seed"])]
+    backbone = parts[0]
+    if backbone.tokenizer is None:
+        raise ValueError(f"{config['model']['checkpoint']}: has no tokenizer; put tokenizer.json "
+                         "beside its weights")
+    # Its values; pooling and type of the computation as `settings.with_checkpoint` settled them.
+    return dataclasses.replace(backbone, model=settings.described_model(config))
+
+
+def _pretrained(config: dict, pretrain: Callable | None) -> Backbone:
     # Augmentation is the experiment's affair: its backbone is that of the run without.
     inner = config | config["backbone"]["pretrain"] | {
-        "backbone": {"kind": "random", "path": "", "pretrain": {}},
+        "backbone": {"kind": "random", "pretrain": {}},
         "data": config["data"] | {"crop": "center", "spec_augment": None}}
     inner["stream"] = inner["stream"] | {"limit": 0}
     digest = backbones.content_hash(
-        {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval")}, front_end,
+        {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval")},
+        {k: inner["data"][k] for k in ("log_mel", "window_seconds", "max_tokens")},
         settings.corpus_hash(build_stream(settings.stream_spec(inner))))
     folder = pathlib.Path(config["data"]["cache_dir"]) / "backbones" / digest
     if not (folder / "backbone" / backbones.WEIGHTS).exists():
@@ -199,7 +209,7 @@ def _pretrained(config: dict, front_end: dict, pretrain: Callable | None) -> Bac
                              "run was trained on, in the cache of config.data.cache_dir")
         print(f"pretraining the backbone in {folder} (once)", file=sys.stderr)
         pretrain(inner, folder)
-    return dataclasses.replace(backbones.load_backbone(folder / "backbone"),
+    return dataclasses.replace(backbones.load(folder / "backbone"),
                                name=f"{stream_name(inner)}-{digest}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +15,9 @@ from data_pipelines.augment import SpecAugment
 from data_pipelines.batches import DataSettings
 from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.log_mel import LogMelSettings
+from tail_jax import backbone as backbones
+from tail_jax.cli import plain
+from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training.optimizers import OptimizerConfig, parse_duration
 
 
@@ -51,6 +56,62 @@ def check(config: dict, devices: int) -> None:
     if evaluation["split"] not in SPLIT_NAMES:
         raise ValueError(f"eval.split is {evaluation['split']!r}; expected one of "
                          f"{', '.join(SPLIT_NAMES)}")
+
+
+def with_checkpoint(config: dict) -> dict:
+    """`config` with the model and the front end of `model.checkpoint`, where there is one.
+
+    What the checkpoint decides replaces what the configuration says, and where these differ in
+    the front end, a line on stderr tells. `model.dtype` and `data.max_tokens` stay the user's;
+    two checkpoints joined by + keep the pooling of `model.text` and `model.embedding`.
+
+    Raises:
+        ValueError: if it cannot be read, or cannot be trained for retrieval.
+    """
+    path = config["model"]["checkpoint"]
+    if not path:
+        return config
+    parts = checkpoint_parts(path)
+    described = [backbones.describe(part) for part in parts]
+    model, front_end, _ = described[0]
+    max_tokens = described[-1][2]
+    if len(parts) == 2:
+        text = described[1][0].text
+        if model.audio is None or text is None:
+            raise ValueError(f"model.checkpoint is {path!r}; expected one with an audio tower, "
+                             "then one with a text tower")
+        text = dataclasses.replace(text, pool=config["model"]["text"]["pool"])
+        model = DualEncoder(model.audio, text, config["model"]["embedding"])
+    if len(model.towers) < 2:
+        raise ValueError(f"model.checkpoint is {path!r}, a model of {[*model.towers][0]} alone; "
+                         "retrieval needs two towers: join an audio and a text checkpoint as "
+                         "AUDIO+TEXT")
+    if front_end is None or front_end.is_waveform:
+        raise ValueError(f"model.checkpoint is {path!r}, which takes waveforms; training feeds "
+                         "log-mels only, such a model can embed")
+    if config["data"]["max_tokens"] > max_tokens:
+        raise ValueError(f"data.max_tokens is {config['data']['max_tokens']}; {path} takes "
+                         f"{max_tokens} at most")
+    front = {"log_mel": dataclasses.asdict(front_end.settings),
+             "window_seconds": front_end.window_seconds}
+    before = config["data"]["log_mel"] | {"window_seconds": config["data"]["window_seconds"]}
+    after = front["log_mel"] | {"window_seconds": front["window_seconds"]}
+    changes = [f"{k} {before.get(k)!r} -> {after[k]!r}" for k in after if before.get(k) != after[k]]
+    if changes:
+        print(f"{path}: its front end replaces that of the configuration: {', '.join(changes)}",
+              file=sys.stderr)
+    kept = {k: config["model"][k] for k in ("dtype", "checkpoint")}
+    return config | {"model": plain(model.to_dict()) | kept, "data": config["data"] | front}
+
+
+def checkpoint_parts(path: str) -> list[str]:
+    """The one or two paths that `model.checkpoint` names."""
+    return [path] if os.path.exists(path) or path.count("+") != 1 else path.split("+")
+
+
+def described_model(config: dict) -> DualEncoder:
+    """The model that `config.model` describes."""
+    return DualEncoder.from_dict({k: v for k, v in config["model"].items() if k != "checkpoint"})
 
 
 def data_settings(config: dict) -> DataSettings:

@@ -48,7 +48,7 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         Diverged: when the loss stops being finite.
         Preempted: after SIGTERM, with the state saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir, config = pathlib.Path(workdir), settings.with_checkpoint(config)
     cli.check_config(workdir, config)
     if (workdir / "results.json").exists():
         return read_results(workdir)
@@ -109,8 +109,8 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     # --- Results ----------------------------------------------------------------------------------
     if run.method.trains and not run.frozen:  # the backbone itself was trained
         params, _ = run.method.resolve(run.model, jax.device_get(state["trainable"]), {})
-        backbones.save_backbone(workdir / "backbone", config["method"]["name"], run.model, params,
-                                run.backbone.front_end, run.backbone.tokenizer)
+        backbones.save_backbone(workdir / "backbone", dataclasses.replace(
+            run.backbone, name=config["method"]["name"], params=params, stored_hash=""))
     results = summary(run, state, progress)
     results["trace_count"] = step.traces
     results["wall_seconds"]["total"] = total_seconds()

@@ -22,9 +22,14 @@ import jax.numpy as jnp
 
 from tail_jax.models.ast import ASTConfig, ASTTower
 from tail_jax.models.bert import TextConfig, TextTower
+from tail_jax.models.cnn14 import Cnn14Config, Cnn14Tower
+from tail_jax.models.eat import EATConfig, EATTower
 from tail_jax.models.htsat import HTSATConfig, HTSATTower
+from tail_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Tower
 
-AUDIO_TOWERS = {"htsat": (HTSATConfig, HTSATTower), "ast": (ASTConfig, ASTTower)}
+AUDIO_TOWERS = {"htsat": (HTSATConfig, HTSATTower), "ast": (ASTConfig, ASTTower),
+                "eat": (EATConfig, EATTower), "cnn14": (Cnn14Config, Cnn14Tower),
+                "wav2vec2": (Wav2Vec2Config, Wav2Vec2Tower)}
 # Leaves that are statistics of the training data: no gradient, not counted as parameters.
 BUFFERS = ("running_mean", "running_var", "input_mean", "input_std")
 

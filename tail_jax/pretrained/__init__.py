@@ -99,3 +99,13 @@ def load(path) -> tuple[Description, Any]:
     description, tensors = describe(path)
     shapes = jax.eval_shape(description.model.init, jax.random.key(0))
     return description, fill(description.table, shapes, tensors)
+
+
+def find_tokenizer(folder) -> pathlib.Path | None:
+    """What `Tokenizer.load` takes of a checkpoint folder: its tokenizer.json, the folder itself
+    where that holds vocabulary files, or None."""
+    folder = pathlib.Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    names = ({"vocab.json", "merges.txt"}, {"vocab.txt"})
+    return folder if any(all((folder / n).is_file() for n in group) for group in names) else None

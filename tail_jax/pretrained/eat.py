@@ -65,9 +65,8 @@ def describe(config: Options, preprocessor: Options, tensors: Tensors) -> Descri
         _check_positions(tensors, keys[POSITIONS], audio)
     settings = dataclasses.replace(KALDI, n_mels=audio.mels, frames=audio.frames)
     window = audio.frames * settings.hop_length / settings.sampling_rate
-    constants = tuple((name, (), (functools.partial(np.float32, value), lambda _: ()))
-                      for name, value in zip(("input_mean", "input_std"), statistics))
-    table = NameTable("EAT", under("audio", "", RULES + constants), ALIASES, IGNORED)
+    table = NameTable("EAT", under("audio", "", RULES), ALIASES, IGNORED, constants=dict(
+        zip(("audio/input_mean", "audio/input_std"), statistics)))
     return Description(DualEncoder(audio, None), FrontEnd(settings, window), table)
 
 

@@ -26,7 +26,7 @@ TABLE = NameTable(
     under("audio", AUDIO, (
         ("input_norm", "bn0"), (r"block_(\d+)/conv(\d)", "conv_block<1>.conv<2>"),
         (r"block_(\d+)/norm(\d)", "conv_block<1>.bn<2>"), ("fc1", "fc1")))
-    + under("text", TEXT, bert.RULES)
+    + under("text", TEXT, bert.TEXT)
     + tuple((f"heads/{ours}/{layer}", f"{theirs}_encoder.projection.{name}")
             for ours, theirs in (("audio", "audio"), ("text", "caption"))
             for layer, name in (("linear1", "linear1"), ("linear2", "linear2"),

@@ -3,7 +3,7 @@
 A rule is (ours, theirs) or (ours, theirs, transform).
 
     ours        regular expression for the whole path of a parameter ("encoder/layer_03/query"),
-                without its last part where that is one of `SUFFIXES`
+                without its last part where that is one of `SUFFIXES`; or for the path with it
     theirs      template of their key without its suffix: <1> is the first group as a number
                 (layer_03 -> 3), <1-1> that number less one, <1:s> the group as it stands; with
                 [0/3] at its end the first of three equal parts of one array (fused projections);
@@ -79,7 +79,7 @@ def _origin(table: NameTable, name: str) -> _Origin:
     suffix = f".{SUFFIXES[last]}" if last in SUFFIXES else ""
     stem = stem if suffix else name
     for ours, theirs, *transform in table.rules:
-        match = re.fullmatch(ours, stem)
+        match = re.fullmatch(ours, stem) or re.fullmatch(ours, name)
         if match:
             break
     else:

@@ -11,9 +11,12 @@ pair a stage ('per_stage'), or prompts of the text's width brought to each stage
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from tail_jax.models.transformer import pair
 
 COUPLINGS = ("linear_shared", "per_layer", "independent")
 
@@ -71,6 +74,11 @@ def _plan(config: PromptConfig, model):
     return plan, text_layers, text_width
 
 
+def _bound(model, width: int) -> float:
+    """Of the uniform distribution of prompts; towers of waveforms have no patches, which count 1."""
+    return (6 / (math.prod(pair(getattr(model.audio, "patch", 1))) + width)) ** 0.5
+
+
 def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     """{audio: [per stage [l, n, d]], pre, post: [per stage {w, b}], ...}, float32.
 
@@ -84,7 +92,7 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     audio = []
     for rows, _, width in plan:
         width = text_width if common else width
-        bound = (6 / (model.audio.patch**2 + width)) ** 0.5
+        bound = _bound(model, width)
         shape = (len(rows), config.length, width)
         audio.append(jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound))
 
@@ -97,7 +105,7 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
         p["stage"] = {str(s): linear(text_width, width)
                       for s, (rows, _, width) in enumerate(plan) if rows and width != text_width}
     if config.coupling == "independent":
-        bound = (6 / (model.audio.patch**2 + text_width)) ** 0.5
+        bound = _bound(model, text_width)
         shape = (text_layers, 2 * config.length, text_width)
         return p | {"text": jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)}
     for side in ("pre", "post"):

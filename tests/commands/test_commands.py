@@ -1,5 +1,6 @@
 """The commands as a user starts them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ def one_error(process, code=2):
      ["/missing/audiocaps", "does not exist"]),
     (["--config=tests/tiny.py:root=/missing"], ["/missing/low", "does not exist"]),
     (["--config=tests/tiny.py:root=ROOT", "--config.backbone.kind=checkpoint"],
-     ["backbone.path is empty"]),
+     ["model.checkpoint is empty"]),
     (["--config=tests/tiny.py:root=ROOT", "--config.method.prompts.coupling=none"],
      ["prompts.coupling is 'none'", "linear_shared"]),
 ], ids=lambda x: " ".join(x)[:40])
@@ -177,8 +178,7 @@ def test_import_is_light(module, banned):
 def saved_backbone(finished, tmp_path):
     workdir, config = finished
     own = open_run(config, workdir).backbone
-    return backbones.save_backbone(tmp_path / "backbone", own.name, own.model, own.params,
-                                   own.front_end, own.tokenizer)
+    return backbones.save_backbone(tmp_path / "backbone", own)
 
 
 def test_loaded_backbone_and_tuning_are_those_of_the_run(finished, saved_backbone, tmp_path):
@@ -193,8 +193,8 @@ def test_loaded_backbone_and_tuning_are_those_of_the_run(finished, saved_backbon
 def test_tuning_of_another_backbone_is_refused(finished, saved_backbone, tmp_path):
     params = jax.tree.map(np.copy, saved_backbone.params)
     params["logit_scale"] += 1
-    other = backbones.save_backbone(tmp_path / "other", "other", saved_backbone.model, params,
-                                    saved_backbone.front_end, saved_backbone.tokenizer)
+    other = backbones.save_backbone(
+        tmp_path / "other", dataclasses.replace(saved_backbone, params=params, stored_hash=""))
     with pytest.raises(ValueError, match="trained beside backbone .* got .*; load the backbone"):
         tail_jax.load_tuning(finished[0] / "tuning" / "task_2.safetensors", other)
 
@@ -210,7 +210,7 @@ def test_backbone_whose_values_changed_is_refused(saved_backbone, tmp_path):
 
 def test_file_of_another_kind_is_refused(finished, tmp_path):
     workdir, _ = finished
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="has no weights"):
         tail_jax.load(tmp_path)
     with pytest.raises(ValueError, match="holds 'gallery', not a tuning tree"):
         tail_jax.load_tuning(workdir / "galleries" / "task_1.safetensors")

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tail_jax import cli, methods
-from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax import cli, methods, settings
 from tail_jax.training import sharding
 from tail_jax.training.checkpoints import flatten
 from tail_jax.training.embedder import Embedder
@@ -43,7 +42,7 @@ def setup(method, mesh, accumulation=1, prompts=2, dtype="float32"):
     """(model, method, mesh, step, state, opt_state, frozen) on that mesh."""
     config = cli.plain(tiny.get_config(f"method={method}"))
     config["model"]["dtype"] = dtype
-    model, method = DualEncoder.from_dict(config["model"]), methods.build(config["method"])
+    model, method = settings.described_model(config), methods.build(config["method"])
     mesh = sharding.make_mesh(*mesh)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     state = method.init(jax.random.key(1), model, params)
