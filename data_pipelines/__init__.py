@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 _LISTED = 20
+# A progress bar only where somebody would begin to wonder.
+PROGRESS_DELAY_SECONDS = 5.0
 
 _open_iterators: weakref.WeakSet = weakref.WeakSet()
 
@@ -69,3 +71,12 @@ def listing(title: str, lines: Sequence[str]) -> str:
     if len(lines) > _LISTED:
         shown.append(f"  ... and {len(lines) - _LISTED} more")
     return "\n".join([f"{title}:", *shown])
+
+
+def progress(items, total: int, what: str):
+    """Returns `items`, with a progress bar (on a terminal) if going through them takes long."""
+    import tqdm
+
+    return tqdm.tqdm(
+        items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, disable=None
+    )

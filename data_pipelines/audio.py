@@ -8,15 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import soundfile
-import tqdm
 
-from data_pipelines import listing
+from data_pipelines import listing, progress
 from data_pipelines.corpora import Clip
 from data_pipelines.waveforms import chunk_starts, fill_up, fit, resample
 
 _BLOCK_FRAMES = 1 << 18
-# A progress bar only where somebody would begin to wonder.
-PROGRESS_DELAY_SECONDS = 5.0
 
 
 class AudioError(ValueError):
@@ -202,13 +199,6 @@ def usable_clips(
         )
     bad = {problem.row for problem in problems}
     return tuple(clip for row, clip in enumerate(clips) if row not in bad)
-
-
-def progress(items, total: int, what: str):
-    """Returns `items`, with a progress bar (on a terminal) if going through them takes long."""
-    return tqdm.tqdm(
-        items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, disable=None
-    )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ class Embeddings:
                        "text": self._jit(model.encode_text, "embedding")}
 
     def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
-                    batch_size: int = AUDIO_BATCH, progress: bool = True) -> np.ndarray:
+                    batch_size: int = AUDIO_BATCH, progress: bool = True,
+                    failures: dict[int, str] | None = None) -> np.ndarray:
         """Embeddings of clips, float32 [n, d] with rows of unit length.
 
         Args:
@@ -74,6 +75,8 @@ class Embeddings:
                 windows' embeddings, brought to unit length.
             batch_size: rows of a batch; of waveforms longer than 10 s, fewer.
             progress: a bar on the terminal, where it takes long.
+            failures: a dict gets {number of the clip: why} of clips that cannot be used, whose
+                rows are zeros; without one the first such clip is an error.
 
         Raises:
             ValueError: a clip that cannot be used, naming it; a model without audio tower.
@@ -87,7 +90,7 @@ class Embeddings:
             unit = SECONDS_PER_ROW * second
         else:
             buckets = unit = None
-        rows = self._audio_rows(clips, rates, policy, progress)
+        rows = self._audio_rows(clips, rates, policy, progress, failures)
         for numbers, embedding in self._run("audio", rows, buckets, batch_size, unit):
             np.add.at(total, numbers, embedding)
         # Every clip has a row of unit length; windows of a clip hardly ever cancel out.
@@ -248,12 +251,20 @@ class Embeddings:
                                  "of a surrogate pair); decode it again")
         return texts
 
-    def _audio_rows(self, clips, rates, policy, progress) -> Iterator[tuple[int, np.ndarray]]:
+    def _audio_rows(self, clips, rates, policy, progress,
+                    failures=None) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the clip, row), clips in order."""
-        prepare = functools.partial(_prepare, self.front_end, policy)
-        numbers = range(len(clips))
-        ready = _map_ahead(prepare, numbers, clips, rates)
-        for number, rows in zip(numbers, _bar(ready, len(clips), "embedding audio", progress)):
+        def prepare(number, clip, rate):
+            try:
+                return number, _prepare(self.front_end, policy, number, clip, rate)
+            except ValueError as error:
+                if failures is None:
+                    raise
+                failures[number] = str(error)
+                return number, ()
+
+        ready = _map_ahead(prepare, range(len(clips)), clips, rates)
+        for number, rows in _bar(ready, len(clips), "embedding audio", progress):
             for row in rows:
                 yield number, row
 
@@ -372,7 +383,7 @@ def _map_ahead(function: Callable, *lists: Sequence) -> Iterator:
 def _bar(items: Iterable, total: int, what: str, show: bool) -> Iterable:
     if not show:
         return items
-    from data_pipelines.audio import progress
+    from data_pipelines import progress
     return progress(items, total, what)
 
 

@@ -1,0 +1,77 @@
+"""Benchmark suites: one file a suite, with `run(options) -> list[Comparison]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+OURS = "tail_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every suite takes.
+
+    Attributes:
+        size: "full", or "tiny" to see that it works.
+        repeats: measurements of each case.
+        checkpoint: folder to measure with, in place of random weights; None for those.
+        items: of the longest case; None is the suite's own number.
+    """
+
+    size: str = "full"
+    repeats: int = 5
+    checkpoint: str | None = None
+    items: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One case, measured for us and a peer.
+
+    Attributes:
+        case: what was done.
+        items: clips or texts of one measurement.
+        seconds: {who: seconds of each measurement}.
+        difference: largest absolute difference between the two results.
+    """
+
+    case: str
+    items: int
+    seconds: Mapping[str, list[float]]
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """Median time of the peer over ours: above 1 we are faster."""
+        peer = next(who for who in self.seconds if who != OURS)
+        return statistics.median(self.seconds[peer]) / statistics.median(self.seconds[OURS])
+
+
+def compare(case: str, items: int, repeats: int,
+            functions: Mapping[str, Callable[[], np.ndarray]]) -> Comparison:
+    """Measures functions in turns, after each has run once; a slow minute hits all alike."""
+    results = [np.asarray(function()) for function in functions.values()]
+    seconds: dict[str, list[float]] = {who: [] for who in functions}
+    for _ in range(repeats):
+        for who, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[who].append(time.perf_counter() - start)
+    return Comparison(case, items, seconds, float(np.abs(results[0] - results[1]).max()))
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """Markdown: median and (least to most) of every case, and the ratio."""
+    people = [*comparisons[0].seconds]
+    lines = [f"| case | {' | '.join(f'{who}, s' for who in people)} | ratio | difference |",
+             "|---|" + "---:|" * (len(people) + 2)]
+    for c in comparisons:
+        times = [f"{statistics.median(s):.3g} ({min(s):.3g} to {max(s):.3g})"
+                 for s in c.seconds.values()]
+        lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {c.difference:.1e} |")
+    return "\n".join(lines)
