@@ -130,7 +130,7 @@ def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:
     lengths = peer.tokenizer(texts, return_length=True)["length"]
     common = max(set(lengths), key=lengths.count)
     equal = [text for text, length in zip(texts, lengths) if length == common][:32]
-    audio = lambda clips: ours.embed_audio(clips, rate, batch_size=8, progress=False)
+    audio = lambda clips: ours.embed_audio(clips, rate, progress=False)
     text = lambda texts: ours.embed_text(texts, progress=False)
 
     def one_by_one(embed: Callable, clips):
@@ -141,9 +141,9 @@ def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:
         out.append(compare(f"8 clips of {name}, one at a time", 8, options.repeats, {
             OURS: lambda: one_by_one(audio, clips),
             PEER: lambda: one_by_one(peer.embed_audio, clips)}))
-        out.append(compare(f"8 clips of {name}, one batch", 8, options.repeats, {
+        out.append(compare(f"8 clips of {name}, one call", 8, options.repeats, {
             OURS: lambda: audio(clips), PEER: lambda: peer.embed_audio(clips)}))
-    out.append(compare(f"{len(equal)} captions of {common} tokens, one batch", len(equal),
+    out.append(compare(f"{len(equal)} captions of {common} tokens, one call", len(equal),
                        options.repeats, {OURS: lambda: text(equal),
                                          PEER: lambda: peer.embed_text(equal)}))
     # Minutes on a small machine.
