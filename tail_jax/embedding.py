@@ -57,9 +57,10 @@ class Embeddings:
         self.traces = 0
         self._host_params, self._tokenizer_path = (params, tuning), tokenizer
         self._max_tokens = max_tokens
-        self._encode = {"audio": self._jit(model.encode_audio), "text": self._jit(model.encode_text)}
-        self._embed = {"audio": self._jit(model.encode_audio, "embedding"),
-                       "text": self._jit(model.encode_text, "embedding")}
+        encoders = {"audio": model.encode_audio, "text": model.encode_text}
+        self._encode = {side: self._jit(encode) for side, encode in encoders.items()}
+        # Alone among the outputs: what else the towers return is not computed then.
+        self._embed = {side: self._jit(encode, "embedding") for side, encode in encoders.items()}
 
     def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
                     batch_size: int | None = None, progress: bool = True,
@@ -142,7 +143,7 @@ class Embeddings:
             raise ValueError(f"{self.name}: a model of {[*self.model.towers][0]} alone; classify "
                              "compares clips with texts and needs both towers")
         if isinstance(class_names, str) or not len(class_names):
-            raise ValueError(f"class_names is {class_names!r}; expected a list of one or more names")
+            raise ValueError(f"class_names is {class_names!r}; expected a list of names")
         if "{}" not in template:
             raise ValueError(f"template is {template!r}; expected a text with {{}} where the name "
                              "of the class goes")

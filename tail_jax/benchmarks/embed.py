@@ -29,8 +29,7 @@ quickly continuously background followed by before after street forest kitchen r
 
 
 def captions(count: int) -> list[str]:
-    """Texts of 4 to 30 words, 11 on average: log-normal around 10, about as Clotho's and AudioCaps'.
-    """
+    """Texts of 4 to 30 words: log-normal around 10, about as Clotho's and AudioCaps' captions."""
     random = np.random.default_rng(0)
     lengths = np.clip(np.rint(random.lognormal(np.log(10), 0.4, count)), 4, 30).astype(int)
     return [" ".join(random.choice(_WORDS, length)) for length in lengths]
@@ -103,7 +102,7 @@ def write_random_checkpoint(folder, size: str) -> None:
 
 
 def run(options: Options) -> list[Comparison]:
-    """The cases: single clips and batches of one length and of several, texts of one and of several.
+    """Single clips and batches, texts in one batch and in many; of one length and of several.
 
     Raises:
         ValueError: torch or transformers are not installed.
