@@ -30,7 +30,7 @@ _SETTINGS = {"sampling_rate": "sampling_rate", "hop_length": "hop_length",
 
 
 def export_clap(model: DualEncoder, params: Any, front_end: FrontEnd, tokenizer: Tokenizer,
-                directory) -> pathlib.Path:
+                directory, max_tokens: int | None = None) -> pathlib.Path:
     """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
 
     transformers' `ClapModel` and `ClapProcessor` load the folder (`from_pretrained`) and give equal
@@ -41,6 +41,7 @@ def export_clap(model: DualEncoder, params: Any, front_end: FrontEnd, tokenizer:
         front_end: how its audio is made.
         tokenizer: of its texts.
         directory: new, or an empty folder.
+        max_tokens: what longer texts are cut to; None is what the position table holds.
 
     Returns:
         The folder.
@@ -61,7 +62,7 @@ def export_clap(model: DualEncoder, params: Any, front_end: FrontEnd, tokenizer:
         for name, content in (("config.json", _config(model, tokenizer)),
                               ("preprocessor_config.json", _preprocessor(front_end))):
             (aside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.export(aside, model.text.max_tokens)
+        tokenizer.export(aside, max_tokens or model.text.max_tokens)
         os.replace(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -29,7 +29,7 @@ TABLE = NameTable(
         *under("text", "text_branch.", TEXT),
         (r"heads/(audio|text)/linear1", "<1:s>_projection.0"),
         (r"heads/(audio|text)/linear2", "<1:s>_projection.2"), TEMPERATURE),
-    aliases=((r"^module\.", ""),),
+    aliases=((r"^(module\.|model\.)+", ""),),  # of parallel training, and of its class for users
     # The front end and the classifier of HTSAT, and heads that only its training used.
     ignored=(*BUFFERS, r".*\.attn_mask", r"(audio|text)_transform\..*",
              r"audio_branch\.(spectrogram_extractor|logmel_extractor|tscam_conv|head)\..*"))

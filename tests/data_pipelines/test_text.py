@@ -165,6 +165,20 @@ def test_folders_encode_as_transformers_does(tmp_path, make, kind, options):
             np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
 
 
+@pytest.mark.parametrize("make", [folder_of_merges, folder_of_words, None])
+def test_exported_files_encode_alike_elsewhere(tmp_path, make):
+    transformers = pytest.importorskip("transformers")
+    ours = Tokenizer.load(make(tmp_path / "a")) if make else Tokenizer.train(TEXTS, 300)
+    ours.export(tmp_path, 12)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs(AWKWARD, truncation=True, padding="max_length")
+    ids, mask = ours.encode(AWKWARD, 12)
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
+    again = Tokenizer.load(tmp_path).encode(AWKWARD, 12)
+    np.testing.assert_array_equal(again[0], ids)
+
+
 def test_a_folder_is_read_in_the_order_of_the_documentation(tmp_path):
     folder = folder_of_words(tmp_path / "all")
     words = Tokenizer.load(folder)

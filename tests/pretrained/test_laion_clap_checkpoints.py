@@ -93,12 +93,13 @@ def test_embeddings_equal_transformers(tmp_path, text, audio, both):
     assert description.max_tokens == 77
 
 
-def test_a_file_is_the_same_bare_and_wrapped(tmp_path):
+def test_a_file_is_the_same_bare_wrapped_and_prefixed(tmp_path):
     theirs = make()
-    torch.save(laion(theirs, ""), tmp_path / "bare.pt")
-    torch.save({"state_dict": laion(theirs)}, tmp_path / "wrapped.pt")
-    jax.tree.map(np.testing.assert_array_equal,
-                 *(pretrained.load(tmp_path / f"{name}.pt")[1] for name in ("bare", "wrapped")))
+    torch.save({"state_dict": laion(theirs)}, tmp_path / "x.pt")
+    same = pretrained.load(tmp_path / "x.pt")[1]
+    for prefix in ("", "model.", "module.model."):
+        torch.save(laion(theirs, prefix), tmp_path / "x.pt")
+        jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "x.pt")[1], same)
 
 
 def test_published_sizes_are_those_of_the_paper():
