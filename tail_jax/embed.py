@@ -3,10 +3,10 @@
     python -m tail_jax.embed --checkpoint=DIR --audio=FOLDER|metadata.csv|FILE --output=out.npz \\
         [--text=captions.txt] [--tuning=FILE] [--policy=chunk_mean] [--dtype=bfloat16]
 
-The result has `audio` [n, d] and `audio_paths` [n], `text` [m, d] and `texts` [m], with captions of
-a metadata.csv `text_audio` [m], the row of `audio` that a text belongs to (-1: left out), and
-`checkpoint`, `sha256`, `tuning` (hash), `policy` and `dtype`. Killed and started again, it goes on with the next
-part: finished ones lie in `OUTPUT.parts/` until the result is written.
+The result has `audio` [n, d] and `audio_paths` [n]; `text` [m, d] and `texts` [m]; with captions of
+a table `text_audio` [m], the row of `audio` that a text belongs to (-1: left out); `checkpoint`,
+`sha256` and `tuning` (hashes), `policy` and `dtype`. Killed and started again, the command goes on
+with the next part: finished ones lie in `OUTPUT.parts/` until the result is written.
 """
 
 from __future__ import annotations

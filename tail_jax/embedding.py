@@ -21,9 +21,11 @@ import numpy as np
 from tail_jax.models.dual_encoder import DualEncoder
 
 TEMPLATE = "This is a sound of {}."
-AUDIO_BATCH, TEXT_BATCH = 16, 128
-# What a batch holds for each of its rows: longer inputs are fewer a batch, so that its memory is
-# bounded. Log-mels are windows of one length and count as they are.
+# Rows a batch. On a CPU a row of audio for each core is as much as its caches hold (HTSAT-tiny on
+# two cores: 84 ms a clip with 2 rows, 110 with 8).
+BATCH = {"cpu": {"audio": min(os.cpu_count() or 1, 16), "text": 64},
+         "accelerator": {"audio": 32, "text": 512}}
+# What counts as one row, so that all batches are about one size. Log-mels count as they are.
 SECONDS_PER_ROW, TOKENS_PER_ROW = 10, 16
 _SHORTEST_SECONDS, _SHORTEST_TOKENS = 1, 8
 _TEXTS_AT_ONCE = 4096  # tokenized ahead of the device
@@ -55,12 +57,13 @@ class Embeddings:
         self.traces = 0
         self._host_params, self._tokenizer_path = (params, tuning), tokenizer
         self._max_tokens = max_tokens
-        self._encode = {"audio": self._jit(model.encode_audio), "text": self._jit(model.encode_text)}
-        self._embed = {"audio": self._jit(model.encode_audio, "embedding"),
-                       "text": self._jit(model.encode_text, "embedding")}
+        encoders = {"audio": model.encode_audio, "text": model.encode_text}
+        self._encode = {side: self._jit(encode) for side, encode in encoders.items()}
+        # Alone among the outputs: what else the towers return is not computed then.
+        self._embed = {side: self._jit(encode, "embedding") for side, encode in encoders.items()}
 
     def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
-                    batch_size: int = AUDIO_BATCH, progress: bool = True,
+                    batch_size: int | None = None, progress: bool = True,
                     failures: dict[int, str] | None = None) -> np.ndarray:
         """Embeddings of clips, float32 [n, d] with rows of unit length.
 
@@ -73,7 +76,8 @@ class Embeddings:
             policy: what becomes of clips that are not as long as the model's window, see
                 `data_pipelines.front_end.FrontEnd`; with "chunk_mean" a clip is the mean of its
                 windows' embeddings, brought to unit length.
-            batch_size: rows of a batch; of waveforms longer than 10 s, fewer.
+            batch_size: rows of a batch: log-mels, or 10 s of waveforms, so that shorter ones are
+                more and longer ones fewer; None is what the device likes.
             progress: a bar on the terminal, where it takes long.
             failures: a dict gets {number of the clip: why} of clips that cannot be used, whose
                 rows are zeros; without one the first such clip is an error.
@@ -82,7 +86,7 @@ class Embeddings:
             ValueError: a clip that cannot be used, naming it; a model without audio tower.
         """
         clips, rates = self._clips(clips, sampling_rate, policy)
-        _check_batch_size(batch_size)
+        batch_size = _batch_size(batch_size, "audio")
         total = np.zeros((len(clips), self.model.embedding), np.float32)
         if self.front_end.is_waveform:
             second = self.front_end.sampling_rate
@@ -96,19 +100,20 @@ class Embeddings:
         # Every clip has a row of unit length; windows of a clip hardly ever cancel out.
         return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
 
-    def embed_text(self, texts, batch_size: int = TEXT_BATCH, progress: bool = True) -> np.ndarray:
+    def embed_text(self, texts, batch_size: int | None = None, progress: bool = True) -> np.ndarray:
         """Embeddings of a text or a list of them, float32 [n, d] with rows of unit length.
 
         Args:
             texts: what is longer than the model takes is cut, its end token kept.
-            batch_size: texts a batch; of those longer than 16 tokens, fewer.
+            batch_size: texts of 16 tokens a batch; shorter ones are more and longer ones fewer.
+                None is what the device likes.
             progress: a bar on the terminal, where it takes long.
 
         Raises:
             ValueError: a text that is no string; a model without text tower or tokenizer.
         """
         texts = self._texts(texts)
-        _check_batch_size(batch_size)
+        batch_size = _batch_size(batch_size, "text")
         out = np.zeros((len(texts), self.model.embedding), np.float32)
         buckets = _buckets(_SHORTEST_TOKENS, self._max_tokens)
         rows = self._text_rows(texts, progress)
@@ -117,7 +122,7 @@ class Embeddings:
         return out
 
     def classify(self, clips, class_names: Sequence[str], template: str = TEMPLATE,
-                 sampling_rate=None, policy: str | None = None, batch_size: int = AUDIO_BATCH,
+                 sampling_rate=None, policy: str | None = None, batch_size: int | None = None,
                  progress: bool = True) -> np.ndarray:
         """Probabilities of classes that are given by name, float32 [n, classes].
 
@@ -138,7 +143,7 @@ class Embeddings:
             raise ValueError(f"{self.name}: a model of {[*self.model.towers][0]} alone; classify "
                              "compares clips with texts and needs both towers")
         if isinstance(class_names, str) or not len(class_names):
-            raise ValueError(f"class_names is {class_names!r}; expected a list of one or more names")
+            raise ValueError(f"class_names is {class_names!r}; expected a list of names")
         if "{}" not in template:
             raise ValueError(f"template is {template!r}; expected a text with {{}} where the name "
                              "of the class goes")
@@ -314,7 +319,7 @@ def _batches(rows: Iterable[tuple[int, np.ndarray]], buckets: list[int] | None, 
         return buckets and buckets[bisect.bisect_left(buckets, len(row))]
 
     def capacity(length):
-        return batch_size if length is None else min(batch_size, max(1, batch_size * unit // length))
+        return batch_size if length is None else max(1, batch_size * unit // length)
 
     bins = collections.defaultdict(list)
     for item in rows:
@@ -387,6 +392,9 @@ def _bar(items: Iterable, total: int, what: str, show: bool) -> Iterable:
     return progress(items, total, what)
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _batch_size(batch_size: int | None, side: str) -> int:
+    if batch_size is None:
+        return BATCH["cpu" if jax.default_backend() == "cpu" else "accelerator"][side]
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; expected a whole number, 1 or more")
+    return batch_size

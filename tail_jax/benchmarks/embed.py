@@ -29,8 +29,7 @@ quickly continuously background followed by before after street forest kitchen r
 
 
 def captions(count: int) -> list[str]:
-    """Texts of 4 to 30 words, 11 on average: log-normal around 10, about as Clotho's and AudioCaps'.
-    """
+    """Texts of 4 to 30 words: log-normal around 10, about as Clotho's and AudioCaps' captions."""
     random = np.random.default_rng(0)
     lengths = np.clip(np.rint(random.lognormal(np.log(10), 0.4, count)), 4, 30).astype(int)
     return [" ".join(random.choice(_WORDS, length)) for length in lengths]
@@ -103,7 +102,7 @@ def write_random_checkpoint(folder, size: str) -> None:
 
 
 def run(options: Options) -> list[Comparison]:
-    """The cases: single clips and batches of one length and of several, texts of one and of several.
+    """Single clips and batches, texts in one batch and in many; of one length and of several.
 
     Raises:
         ValueError: torch or transformers are not installed.
@@ -130,7 +129,7 @@ def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:
     lengths = peer.tokenizer(texts, return_length=True)["length"]
     common = max(set(lengths), key=lengths.count)
     equal = [text for text, length in zip(texts, lengths) if length == common][:32]
-    audio = lambda clips: ours.embed_audio(clips, rate, batch_size=8, progress=False)
+    audio = lambda clips: ours.embed_audio(clips, rate, progress=False)
     text = lambda texts: ours.embed_text(texts, progress=False)
 
     def one_by_one(embed: Callable, clips):
@@ -141,9 +140,9 @@ def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:
         out.append(compare(f"8 clips of {name}, one at a time", 8, options.repeats, {
             OURS: lambda: one_by_one(audio, clips),
             PEER: lambda: one_by_one(peer.embed_audio, clips)}))
-        out.append(compare(f"8 clips of {name}, one batch", 8, options.repeats, {
+        out.append(compare(f"8 clips of {name}, one call", 8, options.repeats, {
             OURS: lambda: audio(clips), PEER: lambda: peer.embed_audio(clips)}))
-    out.append(compare(f"{len(equal)} captions of {common} tokens, one batch", len(equal),
+    out.append(compare(f"{len(equal)} captions of {common} tokens, one call", len(equal),
                        options.repeats, {OURS: lambda: text(equal),
                                          PEER: lambda: peer.embed_text(equal)}))
     # Minutes on a small machine.

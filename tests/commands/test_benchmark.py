@@ -1,0 +1,53 @@
+"""The benchmark command: what it measures, and that both sides computed the same."""
+
+import json
+import sys
+
+import pytest
+
+from tail_jax import benchmark
+from tail_jax.benchmarks import OURS, Comparison, Options, compare, embed, table
+
+
+def test_embed_suite_compares_equal_outputs(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    report, shown = benchmark.benchmark("embed", Options("tiny", repeats=2))
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    assert len(report["cases"]) == 6 and len(shown.splitlines()) == 2 + 6
+    for case in report["cases"]:
+        assert case["difference"] < 1e-5
+        assert all(second > 0 for seconds in case["seconds"].values() for second in seconds)
+    assert {"processor", "cores", "versions", "device"} <= set(report["machine"])
+
+
+def test_suite_without_the_peer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"torch.*pip install 'tail_jax\[torch\]'"):
+        embed.run(Options("tiny"))
+
+
+def test_sides_are_measured_in_turns_after_a_warm_up():
+    calls = []
+    result = compare("case", 1, 3, {OURS: lambda: calls.append("a") or 0.5,
+                                    "peer": lambda: calls.append("b") or 0.75})
+    assert calls == list("abababab")
+    assert [len(s) for s in result.seconds.values()] == [3, 3] and result.difference == 0.25
+
+
+def test_ratio_is_of_medians_and_above_one_where_we_are_faster():
+    c = Comparison("case", 1, {OURS: [1.0, 2.0, 9.0], "peer": [3.0, 1.0, 100.0]}, 0.0)
+    assert c.ratio == 1.5
+    assert table([c]).splitlines()[-1] == "| case | 2 (1 to 9) | 3 (1 to 100) | 1.50 | 0.0e+00 |"
+
+
+def test_captions_have_the_lengths_of_captions():
+    words = [len(text.split()) for text in embed.captions(3000)]
+    assert min(words) == 4 and max(words) == 30 and 9 < sum(words) / len(words) < 13
+    assert embed.captions(50) == embed.captions(50)
+
+
+def test_mistake_is_one_line(run_python, tmp_path):
+    done = run_python("-m", "tail_jax.benchmark", "--suite=nope", f"--output={tmp_path / 'x.json'}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and "nope" in line
