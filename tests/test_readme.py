@@ -1,14 +1,24 @@
 """The README's commands and example do what it says."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
 import subprocess
 
+import jax
+import numpy as np
 import pytest
+import soundfile
 
 from configs import quickstart
+from data_pipelines.front_end import CLAP, FrontEnd
+from data_pipelines.text import Tokenizer
 from tail_jax import methods
+from tail_jax.models.bert import TextConfig
+from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.htsat import HTSATConfig
+from tail_jax.pretrained.export import export_clap
 from tail_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +41,24 @@ def test_the_example_method_is_short_and_trains(tiny_config, tmp_path, monkeypat
     assert results["trainable_parameters"] == heads
 
 
+def test_the_example_of_embedding_runs(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for name in ("dog.wav", "rain.flac"):
+        soundfile.write(tmp_path / name, 0.1 * random.normal(size=4000), 8000)
+    model = DualEncoder(
+        HTSATConfig(spec_size=32, mels=16, patch=4, width=8, depths=(1, 1), heads=(2, 2), window=4),
+        TextConfig(vocab_size=300, width=8, layers=1, heads=2, hidden=16, max_positions=20), 6)
+    export_clap(model, jax.device_get(model.init(jax.random.key(0))), FrontEnd(
+        dataclasses.replace(CLAP, sampling_rate=8000, n_fft=256, hop_length=160, n_mels=16,
+                            fmax=4000.0), 1.0),
+        Tokenizer.train(["a dog barks", "heavy rain"], 300), tmp_path / "clap-htsat-unfused")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(next(block for block in blocks("python") if "embed_audio" in block), names)
+    assert names["audio"].shape == (2, 6) and names["scores"].shape == (2, 2)
+    np.testing.assert_allclose(np.linalg.norm(names["text"], axis=1), 1, atol=1e-5)
+
+
 def test_every_command_names_files_and_modules_that_exist():
     text = "".join(blocks("bash")).replace("\\\n", " ")
     commands = text.splitlines()
@@ -47,7 +75,8 @@ def test_every_command_names_files_and_modules_that_exist():
 
 
 def test_every_folder_named_in_the_table_exists():
-    for name in re.findall(r"^\| `([a-z_/.]+)`", README, re.M):
+    table = README.partition("## Where things are")[2]
+    for name in re.findall(r"^\| `([a-z_/.]+)`", table, re.M):
         assert (ROOT / name).exists(), name
 
 
