@@ -73,6 +73,14 @@ class Backbone:
         """Probabilities of classes given by name, [n, classes]; see `Embeddings.classify`."""
         return self.embeddings.classify(clips, class_names, template, **options)
 
+    def prepare_audio(self, clips, sampling_rate=None, policy: str | None = None):
+        """(audio, mask) as `encode_audio` takes them; see `Embeddings.prepare_audio`."""
+        return self.embeddings.prepare_audio(clips, sampling_rate, policy)
+
+    def prepare_text(self, texts):
+        """(token ids, mask) as `encode_text` takes them; see `Embeddings.prepare_text`."""
+        return self.embeddings.prepare_text(texts)
+
     def encode_audio(self, audio, mask=None) -> dict:
         """Tokens and all layers of prepared rows; see `Embeddings.encode_audio`."""
         return self.embeddings.encode_audio(audio, mask)

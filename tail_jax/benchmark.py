@@ -1,6 +1,6 @@
 """Measures speed against the libraries that people would use otherwise, in one process.
 
-    python -m tail_jax.benchmark --suite=embed --output=bench.json [--checkpoint=DIR] [--repeats=5]
+    python -m tail_jax.benchmark --suite=embed|load --output=bench.json [--checkpoint=DIR] [--repeats=5]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tail_jax import cli
 from tail_jax.benchmarks import Options, table
 from tail_jax.reporting.writers import write_json_atomic
 
-SUITES = ("embed",)
+SUITES = ("embed", "load")
 _PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers")
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     report, shown = benchmark(args.suite, options)
     write_json_atomic(pathlib.Path(args.output), report)
     print(shown)
-    print(f"median (least to most) of {args.repeats}; ratio: the peer's time over ours",
+    print(f"median (least to most) of {args.repeats}; ratio: the peer over ours",
           file=sys.stderr)
 
 

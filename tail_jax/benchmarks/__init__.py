@@ -35,21 +35,24 @@ class Comparison:
 
     Attributes:
         case: what was done.
-        items: clips or texts of one measurement.
-        seconds: {who: seconds of each measurement}.
+        items: clips, texts or loads of one measurement.
+        measured: {who: each measurement}; less is better.
         difference: largest absolute difference between the two results.
+        unit: of the measurements.
     """
 
     case: str
     items: int
-    seconds: Mapping[str, list[float]]
+    measured: Mapping[str, list[float]]
     difference: float
+    unit: str = "s"
 
     @property
     def ratio(self) -> float:
-        """Median time of the peer over ours: above 1 we are faster."""
-        peer = next(who for who in self.seconds if who != OURS)
-        return statistics.median(self.seconds[peer]) / statistics.median(self.seconds[OURS])
+        """Median of the peer over ours: above 1 we are faster, or take less."""
+        peer = next(who for who in self.measured if who != OURS)
+        ours = statistics.median(self.measured[OURS])
+        return statistics.median(self.measured[peer]) / ours if ours else float("inf")
 
 
 def compare(case: str, items: int, repeats: int,
@@ -67,11 +70,11 @@ def compare(case: str, items: int, repeats: int,
 
 def table(comparisons: list[Comparison]) -> str:
     """Markdown: median and (least to most) of every case, and the ratio."""
-    people = [*comparisons[0].seconds]
-    lines = [f"| case | {' | '.join(f'{who}, s' for who in people)} | ratio | difference |",
+    people = [*comparisons[0].measured]
+    lines = [f"| case | {' | '.join(people)} | ratio | difference |",
              "|---|" + "---:|" * (len(people) + 2)]
     for c in comparisons:
-        times = [f"{statistics.median(s):.3g} ({min(s):.3g} to {max(s):.3g})"
-                 for s in c.seconds.values()]
+        times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})"
+                 for m in c.measured.values()]
         lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {c.difference:.1e} |")
     return "\n".join(lines)

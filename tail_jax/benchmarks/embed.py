@@ -101,18 +101,23 @@ def write_random_checkpoint(folder, size: str) -> None:
     tokenizer.export(folder, config.text_config.max_position_embeddings - 2)
 
 
+def need_peer() -> None:
+    """Raises a ValueError that says what to install, where torch or transformers are missing."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"this suite compares with transformers, and {error.name} is not installed;"
+                         " pip install 'tail_jax[torch]'") from None
+
+
 def run(options: Options) -> list[Comparison]:
     """Single clips and batches, texts in one batch and in many; of one length and of several.
 
     Raises:
         ValueError: torch or transformers are not installed.
     """
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"the suite compares with transformers, and {error.name} is not installed;"
-                         " pip install 'tail_jax[torch]'") from None
+    need_peer()
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
             write_random_checkpoint(folder, options.size)

@@ -75,7 +75,7 @@ class DualEncoder:
             and everything after are float32.
     """
 
-    audio: HTSATConfig | ASTConfig | None
+    audio: Any  # a configuration of AUDIO_TOWERS, or None
     text: TextConfig | None
     embedding: int = 512
     head: str = "mlp"

@@ -17,8 +17,16 @@ def test_embed_suite_compares_equal_outputs(tmp_path):
     assert len(report["cases"]) == 6 and len(shown.splitlines()) == 2 + 6
     for case in report["cases"]:
         assert case["difference"] < 1e-5
-        assert all(second > 0 for seconds in case["seconds"].values() for second in seconds)
+        assert all(second > 0 for seconds in case["measured"].values() for second in seconds)
     assert {"processor", "cores", "versions", "device"} <= set(report["machine"])
+
+
+def test_load_suite_measures_time_and_memory_of_equal_weights():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    report, _ = benchmark.benchmark("load", Options("tiny", repeats=1))
+    assert [case["unit"] for case in report["cases"]] == ["s", "x weights"]
+    assert all(case["difference"] < 1e-7 for case in report["cases"])
 
 
 def test_suite_without_the_peer_says_what_to_install(monkeypatch):
@@ -32,13 +40,13 @@ def test_sides_are_measured_in_turns_after_a_warm_up():
     result = compare("case", 1, 3, {OURS: lambda: calls.append("a") or 0.5,
                                     "peer": lambda: calls.append("b") or 0.75})
     assert calls == list("abababab")
-    assert [len(s) for s in result.seconds.values()] == [3, 3] and result.difference == 0.25
+    assert [len(s) for s in result.measured.values()] == [3, 3] and result.difference == 0.25
 
 
 def test_ratio_is_of_medians_and_above_one_where_we_are_faster():
     c = Comparison("case", 1, {OURS: [1.0, 2.0, 9.0], "peer": [3.0, 1.0, 100.0]}, 0.0)
     assert c.ratio == 1.5
-    assert table([c]).splitlines()[-1] == "| case | 2 (1 to 9) | 3 (1 to 100) | 1.50 | 0.0e+00 |"
+    assert table([c]).splitlines()[-1] == "| case | 2 s (1 to 9) | 3 s (1 to 100) | 1.50 | 0.0e+00 |"
 
 
 def test_captions_have_the_lengths_of_captions():
