@@ -92,6 +92,8 @@ class ASTTower(nn.Module):
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
                             self.dtype, c.activation, c.qkv_bias)
-        hidden = Stack(block, c.layers, name="encoder")(x, None, tuning, deterministic)
-        tokens = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(hidden[-1])
-        return {"tokens": tokens, "hidden": hidden, "pooled": tokens[:, :2].mean(1)}
+        special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
+        hidden, special = Stack(block, c.layers, name="encoder")(
+            x, None, tuning, deterministic, special)
+        norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
+        return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1)}

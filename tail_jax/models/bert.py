@@ -86,14 +86,16 @@ class TextTower(nn.Module):
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout,
                             self.dtype, c.activation)
-        hidden = Stack(block, c.layers, name="encoder")(x, mask, tuning, deterministic)
+        # [CLS] / <s>, wherever the padding is.
+        first = None if c.pool == "mean" else jnp.argmax(mask, axis=1)[:, None]
+        hidden, first = Stack(block, c.layers, name="encoder")(
+            x, mask, tuning, deterministic, first)
         tokens = hidden[-1]
         if c.pool == "mean":
             weight = mask[..., None].astype(tokens.dtype)
             pooled = (tokens * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
         else:
-            first = jnp.argmax(mask, axis=1)  # [CLS] / <s>, wherever the padding is
-            pooled = jnp.take_along_axis(tokens, first[:, None, None], axis=1)[:, 0]
+            pooled = first[:, 0]
             if c.pool == "pooler":
                 pooled = jnp.tanh(nn.Dense(c.width, dtype=self.dtype, name="pooler")(pooled))
         return {"tokens": tokens, "hidden": hidden, "pooled": pooled}

@@ -111,7 +111,9 @@ class EATTower(nn.Module):
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype)
-        hidden = Stack(block, c.layers, name="encoder")(x, None, tuning, deterministic)
+        first = jnp.zeros((x.shape[0], 1), int) if c.pool == "cls" else None
+        hidden, first = Stack(block, c.layers, name="encoder")(
+            x, None, tuning, deterministic, first)
         tokens = hidden[-1]
-        pooled = tokens[:, 0] if c.pool == "cls" else tokens[:, 1:].mean(1)
+        pooled = first[:, 0] if c.pool == "cls" else tokens[:, 1:].mean(1)
         return {"tokens": tokens, "hidden": hidden, "pooled": pooled}

@@ -343,3 +343,23 @@ def test_htsat_wants_one_entry_a_stage():
 def test_unknown_tuning_is_an_error_that_names_it(tuning, found):
     with pytest.raises(ValueError, match=found):
         stack("pre")[0](tuning)
+
+
+# --- tokens computed alone ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("kind", ["none", "all", "shallow"])
+def test_chosen_tokens_are_those_of_the_whole_and_cheaper(norm, kind):
+    _, params, x = stack(norm)
+    module, chosen = Stack(CONFIGS[norm], LAYERS), jnp.asarray([[3, 0]] * BATCH).at[0, 0].set(1)
+    tuning = {} if kind == "none" else make_tuning(
+        "all" if kind == "all" else "prompts", LAYERS if kind == "all" else 1, WIDTH,
+        CONFIGS[norm].hidden, 5)
+    run = lambda output: jax.jit(lambda params: output(*module.apply(
+        {"params": params}, x, jnp.asarray(MASK), tuning, True, chosen)))
+    whole = np.asarray(run(lambda hidden, _: hidden[-1])(params))
+    alone = np.asarray(run(lambda _, alone: alone)(params))
+    np.testing.assert_allclose(alone, whole[np.arange(BATCH)[:, None], chosen], atol=1e-5)
+    flops = lambda output: run(output).lower(params).compile().cost_analysis()["flops"]
+    assert flops(lambda _, alone: alone) < 0.95 * flops(lambda hidden, _: hidden[-1])
