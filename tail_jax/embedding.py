@@ -28,6 +28,7 @@ BATCH = {"cpu": {"audio": min(os.cpu_count() or 1, 16), "text": 64},
 # What counts as one row, so that all batches are about one size. Log-mels count as they are.
 SECONDS_PER_ROW, TOKENS_PER_ROW = 10, 16
 _SHORTEST_SECONDS, _SHORTEST_TOKENS = 1, 8
+_AUDIO_STEPS, _TEXT_STEPS = 4, 8  # lengths an octave that inputs are padded to
 _TEXTS_AT_ONCE = 4096  # tokenized ahead of the device
 
 
@@ -90,7 +91,8 @@ class Embeddings:
         total = np.zeros((len(clips), self.model.embedding), np.float32)
         if self.front_end.is_waveform:
             second = self.front_end.sampling_rate
-            buckets = _buckets(_SHORTEST_SECONDS * second, self.front_end.window_samples)
+            buckets = _buckets(_SHORTEST_SECONDS * second, self.front_end.window_samples,
+                               _AUDIO_STEPS)
             unit = SECONDS_PER_ROW * second
         else:
             buckets = unit = None
@@ -115,7 +117,7 @@ class Embeddings:
         texts = self._texts(texts)
         batch_size = _batch_size(batch_size, "text")
         out = np.zeros((len(texts), self.model.embedding), np.float32)
-        buckets = _buckets(_SHORTEST_TOKENS, self._max_tokens)
+        buckets = _buckets(_SHORTEST_TOKENS, self._max_tokens, _TEXT_STEPS)
         rows = self._text_rows(texts, progress)
         for numbers, embedding in self._run("text", rows, buckets, batch_size, TOKENS_PER_ROW):
             out[numbers] = embedding
@@ -297,14 +299,15 @@ class Embeddings:
             yield waiting[0], np.asarray(waiting[1])[:len(waiting[0])]
 
 
-def _buckets(first: int, last: int) -> list[int]:
-    """Lengths that inputs are padded to: 1, 1.25, 1.5, 1.75 times 2^k times `first`, up to `last`.
+def _buckets(first: int, last: int, steps: int) -> list[int]:
+    """Lengths that inputs are padded to: (1 + i / steps) 2^k times `first`, up to `last`.
 
-    At most a quarter is padding but in the first, 10 % if lengths are spread evenly.
+    But in the first, at most one part in `steps` is padding, half of that if lengths are spread
+    evenly; every length is a program that has to be compiled.
     """
     lengths, size = [], first
     while size < last:
-        lengths += [size * (4 + quarter) // 4 for quarter in range(4)]
+        lengths += [size * (steps + i) // steps for i in range(steps)]
         size *= 2
     return [length for length in lengths if length < last] + [last]
 
