@@ -6,16 +6,20 @@ import json
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 import tail_jax
-from data_pipelines.front_end import KALDI, FrontEnd, WaveformSettings
+from data_pipelines.front_end import CLAP, CLAP_FUSED, KALDI, FrontEnd, WaveformSettings
+from data_pipelines.text import Tokenizer
 from tail_jax import backbone as backbones
-from tail_jax import settings
+from tail_jax import methods, settings
 from tail_jax.convert import convert
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.htsat import HTSATConfig
 from tail_jax.models.wav2vec2 import Wav2Vec2Config
+from tail_jax.pretrained.export import export_clap
 from tail_jax.run import open_run
 from tail_jax.train import train
 from tail_jax.training.checkpoints import load_tree
@@ -137,6 +141,41 @@ def test_convert_keeps_everything(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be a CLAP folder"):
         convert(folder, tmp_path / "clap", to="clap")
     assert not (tmp_path / "clap").exists() and not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+def test_a_clap_folder_is_fine_tuned_and_becomes_a_clap_folder_again(run, tmp_path, fusion):
+    _, config, folder = run
+    log_mel = dataclasses.replace(CLAP_FUSED if fusion else CLAP, sampling_rate=8000, n_fft=256,
+                                   hop_length=160, n_mels=16, fmax=4000.0)
+    audio = HTSATConfig(spec_size=32, mels=16, patch=4, width=8, depths=(1, 1), heads=(2, 2),
+                        window=4, fusion=fusion)
+    text = TextConfig(vocab_size=300, width=8, layers=1, heads=2, hidden=16, max_positions=40)
+    model = DualEncoder(audio, text, 6)
+    clap = export_clap(model, jax.device_get(model.init(jax.random.key(0))), FrontEnd(
+        log_mel, 1.0, fusion), Tokenizer.load(tail_jax.load(folder).tokenizer), tmp_path / "clap")
+    config = with_checkpoint(config, clap) | {
+        "method": methods.defaults("sequential"), "data": config["data"] | {"max_tokens": 38}}
+    train(config, tmp_path / "run")
+    tuned = tail_jax.load(tmp_path / "run" / "backbone")
+    convert(tmp_path / "run" / "backbone", tmp_path / "again", to="clap")
+    again, before = tail_jax.load(tmp_path / "again"), tail_jax.load(clap)
+    assert again.model == before.model == tuned.model
+    assert again.front_end == before.front_end == tuned.front_end
+    jax.tree.map(np.testing.assert_array_equal, again.params, tuned.params)
+    assert not np.array_equal(again.params["text"]["word"]["embedding"],
+                              before.params["text"]["word"]["embedding"])
+    # What was measured at the end of the run is what its folder embeds.
+    split = open_run(settings_of(tmp_path / "run"), tmp_path / "run").stream.tasks[1].test
+    gallery, _ = load_tree(tmp_path / "run" / "galleries" / "task_2.safetensors")
+    short = [i for i, clip in enumerate(split.clips) if soundfile.info(clip.path).duration < 1]
+    audio = again.embed_audio([split.clips[i].path for i in short])
+    np.testing.assert_allclose(audio, gallery["audio"][short], atol=1e-5)
+    np.testing.assert_allclose(again.embed_text(split.captions), gallery["text"], atol=1e-5)
+
+
+def settings_of(workdir):
+    return json.loads((workdir / "config.json").read_text())
 
 
 def test_a_backbone_folder_tells_what_it_is_without_its_weights(run, tmp_path):
