@@ -8,10 +8,12 @@ files are mapped, since PyTorch offers nothing else, and mapped anew every few m
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import pickle
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any, Callable
 
@@ -131,11 +133,12 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
                              "or download it again")
         try:
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = dict(header.pop("__metadata__", {}))
             entries = {key: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]),
                              8 + length + e["data_offsets"][0], 8 + length + e["data_offsets"][1])
                        for key, e in header.items()}
-            whole = all(stop - start == int(np.prod(shape)) * np.dtype(dtype).itemsize
+            whole = all(stop - start == math.prod(shape) * np.dtype(dtype).itemsize
+                        and all(type(n) is int and n >= 0 for n in (*shape, start - 8 - length))
                         for dtype, shape, start, stop in entries.values())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             whole = False
@@ -300,22 +303,35 @@ class Options:
         value = self.get(name, default)
         if isinstance(value, list):
             value = tuple(value)
-        if value not in choices:
+        if value not in [*choices]:  # compared, not looked up: objects of JSON have no hash
             raise ValueError(f"{self.path}: option {name} is {value!r}, which is not supported; "
                              f"supported: {', '.join(repr(c) for c in choices)}")
         return choices[value]
 
-    def count(self, name: str, default: int) -> int:
-        """The entry as a whole number above 0.
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """The entry as a whole number from `least` to 2^31 - 1, as every size is one.
 
         Raises:
             ValueError: on anything else.
         """
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise ValueError(f"{self.path}: option {name} is {value!r}; expected a whole number "
-                             "above 0")
+                             f"above {least - 1} and below 2^31")
         return value
+
+    def number(self, name: str, default: float, least: float = -sys.float_info.max) -> float:
+        """The entry as a finite number, at least `least`.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) \
+                or not least <= value <= sys.float_info.max:
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected a finite number, "
+                             f"{least:g} or more")
+        return float(value)
 
     def build(self, make: Callable, **values: Any) -> Any:
         """`make(**values)`, its complaints about them with the name of this file.

@@ -104,6 +104,17 @@ def test_sentence_transformers_choose_their_pooling(tmp_path, modes, expected):
         pretrained.describe(tmp_path)
 
 
+def test_the_tokenizer_may_cut_earlier_than_the_positions_end(tmp_path):
+    make("BertModel").save_pretrained(tmp_path)
+    longest = pretrained.describe(tmp_path)[0].max_tokens
+    for value, expected in ((7, 7), (10**30, longest), (None, longest)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": value}))
+        assert pretrained.describe(tmp_path)[0].max_tokens == expected
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": "long"}')
+    with pytest.raises(ValueError, match="tokenizer_config.json: option model_max_length is"):
+        pretrained.describe(tmp_path)
+
+
 @pytest.mark.parametrize("option, value", [
     ("hidden_act", "tanh"), ("position_embedding_type", "relative_key_query"),
     ("is_decoder", True), ("num_attention_heads", 3), ("hidden_size", "wide")])

@@ -58,8 +58,11 @@ def test_a_truncated_file_is_named(arrays, tmp_path, keep):
         open_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("header", [b"[1, 2]", b"{", b'{"a": {"dtype": "F32"}}', b'{"a": 3}',
-                                    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'])
+@pytest.mark.parametrize("header", [
+    b"[1, 2]", b"{", b'{"a": {"dtype": "F32"}}', b'{"a": 3}', b'{"__metadata__": 3}',
+    *(b'{"a": {"dtype": "F32", "shape": %s, "data_offsets": %s}}' % numbers for numbers in (
+        (b"[2]", b"[0, 4]"), (b"[2]", b"[-8, 0]"), (b"[2]", b"[0.0, 8]"),
+        (b"[-1, -2]", b"[0, 8]")))])
 def test_a_damaged_header_is_one_error(tmp_path, header):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -158,9 +161,18 @@ def test_options_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"config.json: audio: option act is 'tanh'.*'gelu'"):
         options.section("audio").choose("act", "gelu", {"gelu": "gelu"})
     assert Options({"n": 3}, path).count("n", 1) == 3
-    for value in (0, -1, True, 2.0, "3"):
+    for value in (0, -1, True, 2.0, "3", 2**31, 10**30):
         with pytest.raises(ValueError, match="config.json: option n is .*; expected a whole"):
             Options({"n": value}, path).count("n", 1)
+    assert Options({"n": 0}, path).count("n", 1, least=0) == 0
+    for value in (3, 0.5, 1e30):
+        assert Options({"n": value}, path).number("n", 1) == value
+    for value in ("1e-5", [1], {}, True, float("nan"), float("inf"), 10**400, -1):
+        with pytest.raises(ValueError, match="config.json: option n is .*; expected a finite"):
+            Options({"n": value}, path).number("n", 1, least=0)
+    for value in ([], [[1]], {}, {"a": 1}, float("nan")):
+        with pytest.raises(ValueError, match="config.json: option n is .*supported: 'gelu'"):
+            Options({"n": value}, path).choose("n", "gelu", {"gelu": "gelu"})
     with pytest.raises(ValueError, match="config.json: option audio is 3; expected an object"):
         Options({"audio": 3}, path).section("audio")
     with pytest.raises(ValueError, match="config.json: not supported: invalid literal"):
