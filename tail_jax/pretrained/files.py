@@ -188,7 +188,8 @@ def _open_torch(path: pathlib.Path) -> Tensors:
         what = f"asks for {asked[0]}" if asked else "is more than tensors, or damaged"
         raise ValueError(f"{path}: refused: a pickle that {what}, which could run code; get the "
                          "weights as safetensors, or save the state dict alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
+            AssertionError, ArithmeticError) as error:  # a damaged pickle fails in many ways
         reason = str(error).strip().splitlines()[:1]
         raise ValueError(f"{path}: not a whole PyTorch file ({''.join(reason)}); copy or download "
                          "it again") from None

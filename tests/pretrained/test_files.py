@@ -139,6 +139,25 @@ class TestTorch:
         with pytest.raises(ValueError, match="x.bin: not a whole PyTorch file|x.bin: refused"):
             open_tensors(path)
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_a_damaged_file_is_read_or_named(self, tmp_path, legacy):
+        """Damage that only changes values cannot be told."""
+        path, random = tmp_path / "x.bin", np.random.default_rng(0)
+        self.torch.save({"w": self.torch.zeros(3)}, path,
+                        _use_new_zipfile_serialization=not legacy)
+        whole, errors = np.frombuffer(path.read_bytes(), np.uint8), 0
+        for _ in range(100):
+            damaged = whole.copy()
+            damaged[random.integers(0, len(whole), 3)] = random.integers(0, 256, 3)
+            path.write_bytes(damaged.tobytes())
+            try:
+                open_tensors(path)
+            except ValueError as error:
+                assert str(path) in str(error)
+                errors += 1
+        assert errors > 10
+
     def test_a_file_without_tensors_is_said(self, tmp_path):
         self.torch.save({"epoch": 3}, tmp_path / "x.ckpt")
         with pytest.raises(ValueError, match="holds no tensors"):
