@@ -103,6 +103,8 @@ def _pool(folder: pathlib.Path) -> str:
     """How a folder of sentence-transformers makes one vector of the tokens; else the mean."""
     path, pool = folder / "modules.json", "mean"
     for module in read_json(path, list) if path.is_file() else ():
+        if not isinstance(module, dict):
+            raise ValueError(f"{path}: has an entry {module!r}; expected objects")
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             config = folder / str(module.get("path", "")) / "config.json"

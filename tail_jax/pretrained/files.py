@@ -110,9 +110,10 @@ def _open_index(path: pathlib.Path) -> Tensors:
     parts: dict[str, Tensors] = {}
     for name in sorted(names):
         # An index names its neighbours; a path that leaves the folder is somebody's trick.
-        if pathlib.PurePath(name).name != name or not (path.parent / name).is_file():
-            raise ValueError(f"{path}: names the file {name!r}, which is not in {path.parent}; "
-                             "copy the whole folder")
+        if pathlib.PurePath(name).name != name or name.endswith(".index.json") \
+                or not (path.parent / name).is_file():
+            raise ValueError(f"{path}: names the file {name!r}, which is not in {path.parent} "
+                             "or holds no weights; copy the whole folder")
         parts[name] = open_tensors(path.parent / name)
     lost = sorted(key for key, name in files.items() if key not in parts[name].shapes)
     if lost:
@@ -265,7 +266,7 @@ def read_json(path, kind: type = dict) -> Any:
         raise ValueError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected "

@@ -102,6 +102,9 @@ def test_sentence_transformers_choose_their_pooling(tmp_path, modes, expected):
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json: has a module 'Dense'"):
         pretrained.describe(tmp_path)
+    (tmp_path / "modules.json").write_text("[3]")
+    with pytest.raises(ValueError, match="modules.json: has an entry 3; expected objects"):
+        pretrained.describe(tmp_path)
 
 
 def test_the_tokenizer_may_cut_earlier_than_the_positions_end(tmp_path):

@@ -43,10 +43,11 @@ def test_shards_are_found_through_their_index(arrays, tmp_path):
     (tmp_path / "1.safetensors").unlink()
     with pytest.raises(ValueError, match="names the file '1.safetensors', which is not in"):
         open_tensors(tmp_path)
-    index["weight_map"]["b"] = "../secret.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="which is not in"):
-        open_tensors(tmp_path)
+    for name in ("../secret.safetensors", "model.safetensors.index.json"):
+        index["weight_map"]["b"] = name
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="which is not in .* or holds no weights"):
+            open_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [4, 60, -1])
@@ -199,6 +200,7 @@ def test_options_name_the_file(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds a list; expected an object"):
         read_json(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
-        read_json(path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="config.json: not JSON"):
+            read_json(path)
