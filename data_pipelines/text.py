@@ -192,8 +192,13 @@ def _from_words(path: pathlib.Path) -> tokenizers.Tokenizer:
     options = _options(path)
     with open(path, encoding="utf-8") as file:
         vocabulary = {line.rstrip("\n"): i for i, line in enumerate(file)}
+    unknown = options.get("unk_token", "[UNK]")
+    if isinstance(unknown, dict):  # older files have the token with its options
+        unknown = unknown.get("content")
+    if unknown not in vocabulary:
+        raise ValueError(f"has no token {unknown!r} for unknown words; copy the whole vocabulary")
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(vocabulary, unk_token=options.get("unk_token", "[UNK]"))
+        tokenizers.models.WordPiece(vocabulary, unk_token=unknown)
     )
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
         handle_chinese_chars=options.get("tokenize_chinese_chars", True),

@@ -281,6 +281,10 @@ class Embeddings:
             for first in range(0, len(texts), _TEXTS_AT_ONCE):
                 ids, mask = self._tokenizer.encode(texts[first:first + _TEXTS_AT_ONCE],
                                                    self._max_tokens)
+                known = self.model.text.vocab_size
+                if ids.max(where=mask, initial=0) >= known:  # the device would make NaN of it
+                    raise ValueError(f"{self._tokenizer_path}: gave the token {ids[mask].max()}; "
+                                     f"{self.name} knows {known}, so they do not belong together")
                 yield from (row[:length] for row, length in zip(ids, mask.sum(axis=1)))
 
         yield from enumerate(_bar(tokenized(), len(texts), "embedding texts", progress))

@@ -255,6 +255,13 @@ def test_tokenizing_in_pieces_is_tokenizing_at_once(clap, monkeypatch):
     np.testing.assert_allclose(clap.embed_text(captions(50)), whole, atol=1e-5)
 
 
+def test_a_tokenizer_of_another_model_is_refused(clap):
+    model = dataclasses.replace(clap.model, text=dataclasses.replace(clap.model.text, vocab_size=9))
+    other = Embeddings(model, {}, tokenizer=clap._tokenizer_path, max_tokens=100, name="other")
+    with pytest.raises(ValueError, match=r"tokenizer.json: gave the token \d+; other knows 9"):
+        other.embed_text(["rain falls"])
+
+
 @pytest.mark.parametrize("log_scale", [math.log(1 / 0.07), 9.0])
 def test_probabilities_are_the_softmax_of_scaled_cosines(clap, clips, log_scale):
     clap = Embeddings(clap.model, clap._host_params[0] | {"logit_scale": np.float32(log_scale)},

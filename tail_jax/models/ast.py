@@ -54,18 +54,13 @@ class ASTConfig:
                      for size, step in zip((self.mels, self.frames), pair(self.stride)))
 
     @property
-    def input_shape(self) -> tuple[int, int]:
-        """(frames, mels) of a row of audio."""
-        return self.frames, self.mels
-
-    @property
     def layer_widths(self) -> tuple[tuple[int, int], ...]:
         """(number of layers, width) of each stage: one stage."""
         return ((self.layers, self.width),)
 
 
 class ASTTower(nn.Module):
-    """Log-mel [B, frames, mels] in dB to tokens, all hidden states, and mean of CLS and DIST."""
+    """Log-mel [B, frames, mels], natural logarithm, to tokens, hidden, and mean of CLS and DIST."""
 
     config: ASTConfig
     dtype: Any = jnp.float32

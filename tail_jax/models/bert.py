@@ -44,6 +44,9 @@ class TextConfig:
     def __post_init__(self):
         if self.pool not in ("cls", "pooler", "mean"):
             raise ValueError(f"text pool is {self.pool!r}; expected 'cls', 'pooler' or 'mean'")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_positions {self.max_positions} leaves no position from "
+                             f"position_offset {self.position_offset} on")
         if self.positions not in ("tokens", "columns"):
             raise ValueError(f"text positions is {self.positions!r}; expected 'tokens' or "
                              "'columns'")

@@ -70,6 +70,11 @@ class HTSATConfig:
             if side % 2 ** (len(self.depths) - 1):
                 raise ValueError(f"{side} patches a side cannot be halved "
                                  f"{len(self.depths) - 1} times, once between two stages")
+        if self.width * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves nothing of width {self.width}")
+        if self.fusion and self.fusion_ratio > self.width:
+            raise ValueError(f"fusion_ratio {self.fusion_ratio} leaves nothing of width "
+                             f"{self.width}")
         if self.fusion and 3 * pair(self.patch)[1] > self.spec_size + 2 * self.padding[1]:
             raise ValueError(f"three patches of {pair(self.patch)[1]} are longer than spec_size "
                              f"{self.spec_size}; a fused model looks at three at a time")

@@ -66,7 +66,7 @@ def describe(path) -> tuple[Description, Tensors]:
     if config.is_file():
         options = Options(read_json(config), config)
         kind = options.get("model_type", "")
-        if kind not in MODEL_TYPES:
+        if kind not in [*MODEL_TYPES]:  # it may be of any type
             raise ValueError(f"{config}: model_type is {kind!r}; supported: "
                              f"{', '.join(MODEL_TYPES)}")
         module = MODEL_TYPES[kind]

@@ -47,12 +47,12 @@ def describe(options: Options, preprocessor: Options, tensors: Tensors) -> Descr
         hidden=options.count("intermediate_size", 3072),
         activation=options.choose("hidden_act", "gelu", ACTIVATIONS),
         qkv_bias=options.choose("qkv_bias", True, {True: True, False: False}),
-        epsilon=float(options.get("layer_norm_eps", 1e-12)))
+        epsilon=options.number("layer_norm_eps", 1e-12, 0))
     # A folder without the file has the values of AudioSet, as every default here.
     for name, only in (("max_length", audio.frames), ("num_mel_bins", audio.mels)):
         preprocessor.choose(name, only, {only: None})
     preprocessor.choose("sampling_rate", KALDI.sampling_rate, {KALDI.sampling_rate: None})
-    mean, std = preprocessor.get("mean", -4.2677393), preprocessor.get("std", 4.5689974)
+    mean, std = preprocessor.number("mean", -4.2677393), preprocessor.number("std", 4.5689974)
     if not preprocessor.choose("do_normalize", True, {True: True, False: False}):
         mean, std = 0.0, 0.5  # (x - mean) / (2 std) = x
     table = dataclasses.replace(

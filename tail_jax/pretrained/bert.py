@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import DualEncoder
@@ -77,7 +76,7 @@ def text_config(options: Options, kind: str, pool: str) -> TextConfig:
                        ("add_cross_attention", False)):
         options.choose(name, only, {only: only})
     # RoBERTa's padding id is a row of the position table; positions follow it.
-    padding = options.get("pad_token_id", 1)
+    padding = options.count("pad_token_id", 1, least=0)
     positions = {"positions": "columns", "position_offset": 0} if kind == "bert" else \
         {"positions": "tokens", "position_offset": padding + 1}
     width, heads = options.count("hidden_size", 768), options.count("num_attention_heads", 12)
@@ -88,22 +87,24 @@ def text_config(options: Options, kind: str, pool: str) -> TextConfig:
         hidden=options.count("intermediate_size", 3072),
         max_positions=options.count("max_position_embeddings", default["max_position_embeddings"]),
         type_vocab_size=options.count("type_vocab_size", default["type_vocab_size"]),
-        pool=pool, epsilon=float(options.get("layer_norm_eps", 1e-12)),
+        pool=pool, epsilon=options.number("layer_norm_eps", 1e-12, 0),
         activation=options.choose("hidden_act", "gelu", ACTIVATIONS), **positions)
 
 
 def max_tokens(folder: pathlib.Path, positions: int) -> int:
     """The longest text: what the position table holds, or what tokenizer_config.json cuts to."""
     path = pathlib.Path(folder) / "tokenizer_config.json"
-    found: Any = read_json(path).get("model_max_length") if path.is_file() else None
+    options = Options(read_json(path) if path.is_file() else {}, path)
     # Tokenizers without a limit write 1e30.
-    return min(int(found), positions) if found else positions
+    return int(min(options.number("model_max_length", positions, least=1), positions))
 
 
 def _pool(folder: pathlib.Path) -> str:
     """How a folder of sentence-transformers makes one vector of the tokens; else the mean."""
     path, pool = folder / "modules.json", "mean"
     for module in read_json(path, list) if path.is_file() else ():
+        if not isinstance(module, dict):
+            raise ValueError(f"{path}: has an entry {module!r}; expected objects")
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             config = folder / str(module.get("path", "")) / "config.json"

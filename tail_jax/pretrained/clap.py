@@ -85,8 +85,8 @@ def audio_config(options: Options) -> HTSATConfig:
         width=options.count("patch_embeds_hidden_size", 96),
         depths=_sizes(options, "depths", (2, 2, 6, 2)),
         heads=_sizes(options, "num_attention_heads", (4, 8, 16, 32)),
-        window=options.count("window_size", 8), mlp_ratio=float(options.get("mlp_ratio", 4.0)),
-        epsilon=float(options.get("layer_norm_eps", 1e-5)),
+        window=options.count("window_size", 8), mlp_ratio=options.number("mlp_ratio", 4.0),
+        epsilon=options.number("layer_norm_eps", 1e-5, 0),
         activation=options.choose("hidden_act", "gelu", ACTIVATIONS),
         qkv_bias=options.choose("qkv_bias", True, {True: True, False: False}),
         patch_norm=options.choose("enable_patch_layer_norm", True, {True: True, False: False}),
@@ -116,13 +116,13 @@ def front_end(preprocessor: Options, audio: HTSATConfig) -> FrontEnd:
         truncation = "fusion" if audio.fusion else "rand_trunc"
         preprocessor.choose("truncation", "fusion", {truncation: None})
         preprocessor.choose("feature_size", 64, {audio.mels: None})
-        seconds = preprocessor.get("max_length_s", 10)
+        seconds = preprocessor.number("max_length_s", 10, 0)
         settings = preprocessor.build(
             LogMelSettings, sampling_rate=preprocessor.count("sampling_rate", 48000),
             n_fft=preprocessor.count("fft_window_size", 1024),
             hop_length=preprocessor.count("hop_length", 480), n_mels=audio.mels,
-            fmin=float(preprocessor.get("frequency_min", 0)),
-            fmax=float(preprocessor.get("frequency_max", 14000)),
+            fmin=preprocessor.number("frequency_min", 0),
+            fmax=preprocessor.number("frequency_max", 14000),
             mel_scale=published.mel_scale, norm=published.norm,
             fill=preprocessor.choose("padding", "repeatpad", {
                 "repeatpad": "repeatpad", "repeat": "repeat", "pad": "zeros"}))
@@ -130,7 +130,7 @@ def front_end(preprocessor: Options, audio: HTSATConfig) -> FrontEnd:
                               fusion=audio.fusion)
     frames = made.input_shape[-2]
     if frames > audio.frames:
-        raise ValueError(f"{preprocessor.path}: a window of {seconds} s has {frames} frames; the "
+        raise ValueError(f"{preprocessor.path}: a window of {seconds:g} s has {frames} frames; the "
                          f"model takes {audio.frames} at most")
     return made
 

@@ -22,6 +22,7 @@ import numpy as np
 from data_pipelines.front_end import KALDI, FrontEnd
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.models.eat import EATConfig, sincos_positions
+from tail_jax.models.transformer import BlockConfig
 from tail_jax.pretrained import Description
 from tail_jax.pretrained.files import Options, Tensors
 from tail_jax.pretrained.names import NameTable, under
@@ -57,6 +58,7 @@ def describe(config: Options, preprocessor: Options, tensors: Tensors) -> Descri
         else:
             audio, statistics = _from_weights(
                 {name: tensors.shapes[key] for name, key in keys.items()}, tensors)
+        BlockConfig(audio.width, audio.heads, audio.hidden)  # compares width and heads
     except (TypeError, ValueError) as error:
         named = "" if str(config.path) in str(error) else f"{config.path}: "
         raise ValueError(f"{named}{error}") from None
@@ -73,17 +75,21 @@ def describe(config: Options, preprocessor: Options, tensors: Tensors) -> Descri
 def _from_config(config: Options) -> EATConfig:
     """Of a config.json, which leaves out what has the base size."""
     _check_architecture(config)
-    patch, width = config.get("patch_size", 16), config.get("embed_dim", 768)
+    patch, width = config.count("patch_size", 16), config.count("embed_dim", 768)
     config.choose("stride", patch, {patch: None})
     config.choose("in_chans", 1, {1: None})
     config.choose("qkv_bias", True, {True: None})
     config.choose("fixed_positions", True, {True: None})
-    frames, mels = config.get("img_size", (1024, 128))
+    size = config.get("img_size", (1024, 128))
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise ValueError(f"{config.path}: option img_size is {size!r}; expected [frames, mels]")
+    frames, mels = (Options({"img_size": n}, config.path).count("img_size", 1) for n in size)
     config.choose("mel_bins", 128, {mels: None})
     return EATConfig(
-        frames=frames, mels=mels, patch=patch, width=width, layers=config.get("depth", 12),
-        heads=config.get("num_heads", 12), hidden=int(width * config.get("mlp_ratio", 4.0)),
-        epsilon=config.get("norm_eps", 1e-6))
+        frames=frames, mels=mels, patch=patch, width=width, layers=config.count("depth", 12),
+        heads=config.count("num_heads", 12),
+        hidden=int(width * config.number("mlp_ratio", 4.0, 1 / width)),
+        epsilon=config.number("norm_eps", 1e-6, 0))
 
 
 def _from_weights(shapes: dict, tensors: Tensors) -> tuple[EATConfig, tuple[float, float]]:
@@ -105,15 +111,15 @@ def _from_weights(shapes: dict, tensors: Tensors) -> tuple[EATConfig, tuple[floa
             "[width, 1, patch, patch] and blocks.0.mlp.fc1.weight") from None
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     mels = 128
-    frames = own.get("target_length", training.section("task").get("target_length", 1024))
+    frames = own.count("target_length", training.section("task").count("target_length", 1024))
     if POSITIONS in shapes:  # those of newer files reach to two minutes
         frames = min(frames, shapes[POSITIONS][-2] // (mels // patch) * patch)
     statistics = next((s for name, s in (("esc50_eval", ESC50), ("spcv2_eval", SPEECH_COMMANDS))
                        if own.get(name)), AUDIOSET)
     return EATConfig(
         frames=frames, mels=mels, patch=patch, width=width, layers=layers,
-        heads=settings.get("num_heads", max(width // 64, 1)), hidden=hidden,
-        epsilon=settings.get("norm_eps", 1e-6)), statistics
+        heads=settings.count("num_heads", max(width // 64, 1)), hidden=hidden,
+        epsilon=settings.number("norm_eps", 1e-6, 0)), statistics
 
 
 def _check_architecture(options: Options) -> None:

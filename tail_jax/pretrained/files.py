@@ -8,10 +8,12 @@ files are mapped, since PyTorch offers nothing else, and mapped anew every few m
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import pickle
 import struct
+import sys
 from collections.abc import Mapping
 from typing import Any, Callable
 
@@ -108,9 +110,10 @@ def _open_index(path: pathlib.Path) -> Tensors:
     parts: dict[str, Tensors] = {}
     for name in sorted(names):
         # An index names its neighbours; a path that leaves the folder is somebody's trick.
-        if pathlib.PurePath(name).name != name or not (path.parent / name).is_file():
-            raise ValueError(f"{path}: names the file {name!r}, which is not in {path.parent}; "
-                             "copy the whole folder")
+        if pathlib.PurePath(name).name != name or name.endswith(".index.json") \
+                or not (path.parent / name).is_file():
+            raise ValueError(f"{path}: names the file {name!r}, which is not in {path.parent} "
+                             "or holds no weights; copy the whole folder")
         parts[name] = open_tensors(path.parent / name)
     lost = sorted(key for key, name in files.items() if key not in parts[name].shapes)
     if lost:
@@ -131,11 +134,12 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
                              "or download it again")
         try:
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = dict(header.pop("__metadata__", {}))
             entries = {key: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]),
                              8 + length + e["data_offsets"][0], 8 + length + e["data_offsets"][1])
                        for key, e in header.items()}
-            whole = all(stop - start == int(np.prod(shape)) * np.dtype(dtype).itemsize
+            whole = all(stop - start == math.prod(shape) * np.dtype(dtype).itemsize
+                        and all(type(n) is int and n >= 0 for n in (*shape, start - 8 - length))
                         for dtype, shape, start, stop in entries.values())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             whole = False
@@ -185,7 +189,8 @@ def _open_torch(path: pathlib.Path) -> Tensors:
         what = f"asks for {asked[0]}" if asked else "is more than tensors, or damaged"
         raise ValueError(f"{path}: refused: a pickle that {what}, which could run code; get the "
                          "weights as safetensors, or save the state dict alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
+            AssertionError, ArithmeticError) as error:  # a damaged pickle fails in many ways
         reason = str(error).strip().splitlines()[:1]
         raise ValueError(f"{path}: not a whole PyTorch file ({''.join(reason)}); copy or download "
                          "it again") from None
@@ -261,7 +266,7 @@ def read_json(path, kind: type = dict) -> Any:
         raise ValueError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); copy or download it again") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected "
@@ -300,22 +305,35 @@ class Options:
         value = self.get(name, default)
         if isinstance(value, list):
             value = tuple(value)
-        if value not in choices:
+        if value not in [*choices]:  # compared, not looked up: objects of JSON have no hash
             raise ValueError(f"{self.path}: option {name} is {value!r}, which is not supported; "
                              f"supported: {', '.join(repr(c) for c in choices)}")
         return choices[value]
 
-    def count(self, name: str, default: int) -> int:
-        """The entry as a whole number above 0.
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """The entry as a whole number from `least` to 2^31 - 1, as every size is one.
 
         Raises:
             ValueError: on anything else.
         """
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise ValueError(f"{self.path}: option {name} is {value!r}; expected a whole number "
-                             "above 0")
+                             f"above {least - 1} and below 2^31")
         return value
+
+    def number(self, name: str, default: float, least: float = -sys.float_info.max) -> float:
+        """The entry as a finite number, at least `least`.
+
+        Raises:
+            ValueError: on anything else.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) \
+                or not least <= value <= sys.float_info.max:
+            raise ValueError(f"{self.path}: option {name} is {value!r}; expected a finite number, "
+                             f"{least:g} or more")
+        return float(value)
 
     def build(self, make: Callable, **values: Any) -> Any:
         """`make(**values)`, its complaints about them with the name of this file.

@@ -8,8 +8,8 @@ A rule is (ours, theirs) or (ours, theirs, transform).
                 (layer_03 -> 3), <1-1> that number less one, <1:s> the group as it stands; with
                 [0/3] at its end the first of three equal parts of one array (fused projections);
                 a tuple of templates where one parameter is made of several arrays
-    transform   (load, save): load(*arrays) -> ours, save(ours) -> array or arrays; in place of the
-                change of layout below
+    transform   (load, save): load(*arrays) -> ours, or ValueError where they do not go together;
+                save(ours) -> array or arrays; in place of the change of layout below
 
 Kernels change from torch's layout to Flax's: [out, in] to [in, out], and for convolutions
 [out, in, *window] to [*window, in, out]. Axes of length 1 in front of their arrays are dropped.
@@ -181,11 +181,17 @@ def fill(table: NameTable, shapes: Any, tensors: Tensors) -> Any:
         arrays = [_float32(tensors.read(found[key][0])) for key in origin.keys]
         if origin.transform is None:
             return _to_ours(arrays[0], origin, shape)
-        made = np.asarray(origin.transform[0](*arrays), np.float32)
-        if made.shape != shape:
-            raise ValueError(f"{tensors.path}: {' and '.join(origin.keys)} make an array "
-                             f"{list(made.shape)}; the configuration asks for {list(shape)}")
-        return made
+        try:
+            made = np.asarray(origin.transform[0](*arrays), np.float32)
+            if made.shape == shape:
+                return made
+            what = f"make an array {list(made.shape)}"
+        except ValueError as error:
+            what = f"do not go together ({error})"
+        theirs = " and ".join(f"{key} {list(array.shape)}"
+                              for key, array in zip(origin.keys, arrays))
+        raise ValueError(f"{tensors.path}: {theirs} {what}; the configuration asks for "
+                         f"{list(shape)}")
 
     return jax.tree_util.tree_map_with_path(take, shapes)
 

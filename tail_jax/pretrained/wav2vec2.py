@@ -20,6 +20,8 @@ WINDOW_SECONDS = 30.0
 def _folded(gain: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """Weight norm (Salimans and Kingma 2016) over each tap: g v / |v|, in Flax's layout."""
     norm = np.sqrt(np.square(direction, dtype=np.float64).sum((0, 1), keepdims=True))
+    if gain.shape != norm.shape:  # a gain for each output would broadcast as well
+        raise ValueError(f"expected a gain {list(norm.shape)}, one for each tap")
     return np.moveaxis(gain * direction / norm, (0, 1), (-1, -2))
 
 
@@ -90,7 +92,7 @@ def describe(options: Options, preprocessor: Options, tensors: Tensors) -> Descr
         heads=options.count("num_attention_heads", 12),
         hidden=options.count("intermediate_size", 3072),
         activation=options.choose("hidden_act", "gelu", ACTIVATIONS),
-        epsilon=float(options.get("layer_norm_eps", 1e-5)), **own)
+        epsilon=options.number("layer_norm_eps", 1e-5, 0), **own)
     settings = WaveformSettings(
         rate, preprocessor.choose("do_normalize", True, {True: True, False: False}),
         audio.min_samples)

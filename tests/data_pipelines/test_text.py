@@ -200,3 +200,13 @@ def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path):
         (tmp_path / name).write_text("}")
     with pytest.raises(ValueError, match="vocab.json: not a vocab.json with merges.txt"):
         Tokenizer.load(tmp_path)
+
+
+def test_the_token_for_unknown_words_is_in_the_vocabulary(tmp_path):
+    options = {"unk_token": {"content": "[UNK]", "lstrip": False}}  # as older files spell it
+    folder = folder_of_words(tmp_path / "words", **options)
+    unknown = Tokenizer.load(folder).encode(["魚"], 5)[0][0, 1]
+    assert unknown == 1
+    (folder / "tokenizer_config.json").write_text('{"unk_token": "<other>"}')
+    with pytest.raises(ValueError, match="vocab.txt: .*no token '<other>' for unknown words"):
+        Tokenizer.load(folder)

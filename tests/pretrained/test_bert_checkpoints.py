@@ -102,6 +102,20 @@ def test_sentence_transformers_choose_their_pooling(tmp_path, modes, expected):
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json: has a module 'Dense'"):
         pretrained.describe(tmp_path)
+    (tmp_path / "modules.json").write_text("[3]")
+    with pytest.raises(ValueError, match="modules.json: has an entry 3; expected objects"):
+        pretrained.describe(tmp_path)
+
+
+def test_the_tokenizer_may_cut_earlier_than_the_positions_end(tmp_path):
+    make("BertModel").save_pretrained(tmp_path)
+    longest = pretrained.describe(tmp_path)[0].max_tokens
+    for value, expected in ((7, 7), (10**30, longest), (None, longest)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": value}))
+        assert pretrained.describe(tmp_path)[0].max_tokens == expected
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": "long"}')
+    with pytest.raises(ValueError, match="tokenizer_config.json: option model_max_length is"):
+        pretrained.describe(tmp_path)
 
 
 @pytest.mark.parametrize("option, value", [

@@ -172,6 +172,11 @@ def test_weights_that_do_not_fit_are_listed(spoiled, change, message):
     ("text_config", "is_decoder", True, "supported: False"),
     ("text_config", "num_attention_heads", 5, "width 32 is not divisible by heads 5"),
     ("text_config", "hidden_size", 0, "expected a whole number above 0"),
+    ("text_config", "layer_norm_eps", [1e-5], "expected a finite number, 0 or more"),
+    ("text_config", "pad_token_id", "<pad>", "expected a whole number above -1"),
+    ("text_config", "pad_token_id", 19, "max_positions 20 leaves no position"),
+    ("audio_config", "mlp_ratio", 0, "mlp_ratio 0.0 leaves nothing of width 16"),
+    ("audio_config", "aff_block_r", 17, "fusion_ratio 17 leaves nothing of width 16"),
     ("audio_config", "hidden_act", "quick_gelu", "supported: 'gelu', "),
     ("audio_config", "fusion_type", "channel_map", "supported: None, 'aff_2d'"),
     ("audio_config", "patch_embed_input_channels", 3, "supported: 1"),
@@ -184,10 +189,11 @@ def test_weights_that_do_not_fit_are_listed(spoiled, change, message):
     (None, "projection_dim", "wide", "expected a whole number above 0"),
     (None, "audio_config", [1], "expected an object"),
     (None, "model_type", "clip", "supported: clap, "),
+    (None, "model_type", ["clap"], "supported: clap, "),
 ])
 def test_options_that_are_not_supported_are_named(spoiled, section, option, value, message):
     def change(config):
-        config["audio_config"]["enable_fusion"] = option == "fusion_type"
+        config["audio_config"]["enable_fusion"] = option in ("fusion_type", "aff_block_r")
         (config[section] if section else config)[option] = value
 
     with pytest.raises(ValueError, match=message) as error:

@@ -197,7 +197,10 @@ def test_a_waveform_gives_the_tokens_of_kaldis_filterbank(tmp_path):
     ({"embed_dim": 64, "num_heads": 1},
      r"model.extra_tokens is \[1, 1, 128\], the configuration asks for \[64\]"),
     ({"img_size": [100, 128]}, "config.json: EAT frames is 100; expected a multiple of patch 16"),
-    ({"img_size": 128}, "config.json: ")])
+    ({"img_size": 128}, r"config.json: option img_size is 128; expected \[frames, mels\]"),
+    ({"num_heads": "2"}, "config.json: option num_heads is '2'; expected a whole number"),
+    ({"num_heads": 5}, "config.json: width 128 is not divisible by heads 5"),
+    ({"norm_eps": [1e-6]}, "config.json: option norm_eps is .*; expected a finite number")])
 def test_configurations_that_cannot_be_are_errors(options, message, tmp_path):
     write("hub", random_file(), tmp_path)
     write_config(tmp_path, **options)

@@ -106,6 +106,11 @@ def test_weight_norm_is_folded_from_either_spelling(tmp_path):
             "lm_head.bias"} <= set(old)
     safetensors.numpy.save_file(old, weights)
     equal(pretrained.load(tmp_path)[1], params)
+    gain = "wav2vec2.encoder.pos_conv_embed.conv.weight_g"
+    old[gain] = np.ones((24, 1, 1), np.float32)  # one for each output, not for each tap
+    safetensors.numpy.save_file(old, weights)
+    with pytest.raises(ValueError, match=r"do not go together \(expected a gain \[1, 1, 6\]"):
+        pretrained.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["Wav2Vec2", "Data2VecAudio"])
