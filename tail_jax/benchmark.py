@@ -1,6 +1,6 @@
 """Measures speed against the libraries that people would use otherwise, in one process.
 
-    python -m tail_jax.benchmark --suite=embed|load --output=bench.json [--checkpoint=DIR] [--repeats=5]
+    python -m tail_jax.benchmark --suite=embed|load --output=FILE [--checkpoint=DIR] [--repeats=5]
 """
 
 from __future__ import annotations

@@ -243,7 +243,8 @@ def test_texts_of_one_length_share_programs_and_padding_is_small(clap):
     clap.embed_text(captions(2000, seed=4), batch_size=32)
     assert clap.traces - before <= 6  # what is left at the end, in smaller batches
     rows = [*clap._text_rows(texts, False)]
-    for length, _, items in embedding._batches(rows, embedding._buckets(8, 100, embedding._TEXT_STEPS), 32, 16):
+    buckets = embedding._buckets(8, 100, embedding._TEXT_STEPS)
+    for length, _, items in embedding._batches(rows, buckets, 32, 16):
         padded += length * len(items)
         real += sum(len(row) for _, row in items)
     assert padded < 1.12 * real

@@ -107,8 +107,8 @@ def need_peer() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"this suite compares with transformers, and {error.name} is not installed;"
-                         " pip install 'tail_jax[torch]'") from None
+        raise ValueError(f"this suite compares with transformers, and {error.name} is not "
+                         "installed; pip install 'tail_jax[torch]'") from None
 
 
 def run(options: Options) -> list[Comparison]:

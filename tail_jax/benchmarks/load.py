@@ -60,8 +60,9 @@ def run(options: Options) -> list[Comparison]:
             for who, code in _LOADS.items():
                 found[who].append(_measure(code, path))
     difference = abs(first[OURS][2] - first[PEER][2])
-    return [Comparison(case, 1, {who: [m[i] for m in found[who]] for who in found}, difference, unit)
-            for i, (case, unit) in enumerate((("load", "s"), ("memory of a load", "x weights")))]
+    cases = (("load", "s"), ("memory of a load", "x weights"))
+    return [Comparison(case, 1, {who: [m[i] for m in runs] for who, runs in found.items()},
+                       difference, unit) for i, (case, unit) in enumerate(cases)]
 
 
 def _measure(load: str, folder) -> list[float]:

@@ -66,10 +66,10 @@ def describe(config: Options, preprocessor: Options, tensors: Tensors) -> Descri
     if POSITIONS in keys and tensors.shapes[keys[POSITIONS]][-1] == audio.width:
         _check_positions(tensors, keys[POSITIONS], audio)
     settings = dataclasses.replace(KALDI, n_mels=audio.mels, frames=audio.frames)
-    window = audio.frames * settings.hop_length / settings.sampling_rate
+    samples = settings.frame_length + (audio.frames - 1) * settings.hop_length
     table = NameTable("EAT", under("audio", "", RULES), ALIASES, IGNORED, constants=dict(
         zip(("audio/input_mean", "audio/input_std"), statistics)))
-    return Description(DualEncoder(audio, None), FrontEnd(settings, window), table)
+    return Description(DualEncoder(audio, None), FrontEnd(settings, samples / settings.sampling_rate), table)
 
 
 def _from_config(config: Options) -> EATConfig:

@@ -75,7 +75,7 @@ def _plan(config: PromptConfig, model):
 
 
 def _bound(model, width: int) -> float:
-    """Of the uniform distribution of prompts; towers of waveforms have no patches, which count 1."""
+    """Of the uniform distribution of prompts; 1 stands for the patch of towers without patches."""
     return (6 / (math.prod(pair(getattr(model.audio, "patch", 1))) + width)) ** 0.5
 
 
