@@ -80,7 +80,9 @@ def with_checkpoint(config: dict) -> dict:
         if model.audio is None or text is None:
             raise ValueError(f"model.checkpoint is {path!r}; expected one with an audio tower, "
                              "then one with a text tower")
-        text = dataclasses.replace(text, pool=config["model"]["text"]["pool"])
+        pools = {text.pool, config["model"]["text"]["pool"]}
+        if pools == {"cls", "mean"}:  # a pooler has weights: it is there or not
+            text = dataclasses.replace(text, pool=config["model"]["text"]["pool"])
         model = DualEncoder(model.audio, text, config["model"]["embedding"])
     if len(model.towers) < 2:
         raise ValueError(f"model.checkpoint is {path!r}, a model of {[*model.towers][0]} alone; "

@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 from tail_jax.benchmarks import OURS, Comparison, Options
-from tail_jax.benchmarks.embed import PEER, need_peer, write_random_checkpoint
+from tail_jax.benchmarks.embed import PEER, need_peer
 
 _LOADS = {
     OURS: """
@@ -39,7 +39,14 @@ folder = sys.argv[1]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, start = peak(), time.perf_counter()
 weights, mean = load()
-print(json.dumps([time.perf_counter() - start, (peak() - before) / weights, mean]))
+seconds, page = time.perf_counter() - start, resource.getpagesize()
+print(json.dumps([seconds, max(peak() - before, page) / weights, mean]))
+"""
+# In a process of its own, too: others would inherit its largest resident set from this one.
+_WRITE = """
+import sys
+from tail_jax.benchmarks.embed import write_random_checkpoint
+write_random_checkpoint(*sys.argv[1:])
 """
 
 
@@ -52,7 +59,7 @@ def run(options: Options) -> list[Comparison]:
     need_peer()
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
-            write_random_checkpoint(folder, options.size)
+            _python(_WRITE, folder, options.size)
         path = options.checkpoint or folder
         first = {who: _measure(code, path) for who, code in _LOADS.items()}  # warms the file cache
         found: dict[str, list] = {who: [] for who in _LOADS}
@@ -66,8 +73,12 @@ def run(options: Options) -> list[Comparison]:
 
 
 def _measure(load: str, folder) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", _MEASURE.format(load=load), str(folder)],
-                          capture_output=True, text=True)
+    return json.loads(_python(_MEASURE.format(load=load), str(folder)).splitlines()[-1])
+
+
+def _python(code: str, *arguments: str) -> str:
+    """What a program prints."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"loading {folder} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise ValueError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
