@@ -59,6 +59,21 @@ class ASTConfig:
         return ((self.layers, self.width),)
 
 
+def standardise(tower: nn.Module, audio: jax.Array, mean: float, std: float) -> jax.Array:
+    """(x - input_mean) / (2 input_std) of log-mels [B, frames, mels], to be called in `tower`.
+
+    The two statistics are parameters of the tower, `mean` and `std` their first values.
+    """
+    if audio.shape[1:] != tower.config.input_shape:
+        raise ValueError(f"{type(tower).__name__.removesuffix('Tower')} got log-mels of shape "
+                         f"{audio.shape[1:]} (frames, mels); this model takes "
+                         f"{tower.config.input_shape}")
+    statistics = (tower.param("input_mean", nn.initializers.constant(mean), ()),
+                  tower.param("input_std", nn.initializers.constant(std), ()))
+    mean, std = jax.lax.stop_gradient(statistics)  # they are not learned
+    return (audio - mean) / (2 * std)
+
+
 class ASTTower(nn.Module):
     """Log-mel [B, frames, mels], natural logarithm, to tokens, hidden, and mean of CLS and DIST."""
 
@@ -69,13 +84,8 @@ class ASTTower(nn.Module):
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
         del mask  # the window is fixed: silence is input, not padding
         c = self.config
-        if audio.shape[1:] != c.input_shape:
-            raise ValueError(f"AST got log-mels of shape {audio.shape[1:]} (frames, mels); "
-                             f"this model takes ({c.frames}, {c.mels})")
-        mean = self.param("input_mean", nn.initializers.constant(-4.2677393), ())
-        std = self.param("input_std", nn.initializers.constant(4.5689974), ())
-        mean, std = jax.lax.stop_gradient((mean, std))  # statistics, not parameters
-        x = ((audio - mean) / (2 * std)).transpose(0, 2, 1)[..., None].astype(self.dtype)
+        x = standardise(self, audio, -4.2677393, 4.5689974)
+        x = x.transpose(0, 2, 1)[..., None].astype(self.dtype)
         x = nn.Conv(c.width, (c.patch, c.patch), pair(c.stride), "VALID", dtype=self.dtype,
                     name="patch")(x)
         x = x.reshape(x.shape[0], -1, c.width)

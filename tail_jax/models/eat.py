@@ -11,10 +11,10 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tail_jax.models.ast import standardise
 from tail_jax.models.transformer import BlockConfig, Stack
 
 
@@ -95,13 +95,7 @@ class EATTower(nn.Module):
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
         del mask  # the window is fixed: silence is input, not padding
         c = self.config
-        if audio.shape[1:] != c.input_shape:
-            raise ValueError(f"EAT got log-mels of shape {audio.shape[1:]} (frames, mels); "
-                             f"this model takes {c.input_shape}")
-        mean = self.param("input_mean", nn.initializers.constant(-4.268), ())
-        std = self.param("input_std", nn.initializers.constant(4.569), ())
-        mean, std = jax.lax.stop_gradient((mean, std))  # statistics, not parameters
-        x = ((audio - mean) / (2 * std))[..., None].astype(self.dtype)
+        x = standardise(self, audio, -4.268, 4.569)[..., None].astype(self.dtype)
         x = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), "VALID", dtype=self.dtype,
                     name="patch")(x)
         x = x.reshape(x.shape[0], -1, c.width)

@@ -173,12 +173,19 @@ def fill(table: NameTable, shapes: Any, tensors: Tensors) -> Any:
                          f"asked for: {'; '.join(problems)}. Check that config.json and weights "
                          "belong together and are whole")
 
+    def read(key):
+        array = _float32(tensors.read(key))
+        if not np.isfinite(array.sum()):  # a sum of sound weights stays far below float32's largest
+            raise ValueError(f"{tensors.path}: {key} has values that are not finite; the file is "
+                             "damaged or its training diverged")
+        return array
+
     def take(path, leaf):
         name, shape = leaf_name(path), tuple(leaf.shape)
         if name in table.constants:
             return np.full(shape, table.constants[name], np.float32)
         origin = origins[name]
-        arrays = [_float32(tensors.read(found[key][0])) for key in origin.keys]
+        arrays = [read(found[key][0]) for key in origin.keys]
         if origin.transform is None:
             return _to_ours(arrays[0], origin, shape)
         try:

@@ -86,6 +86,7 @@ def test_unfill_is_the_reverse(theirs, shapes, tmp_path):
     (lambda t: t.update({"model.blocks.0.query.bias": np.zeros(3)}),
      "twice under two spellings model.blocks.0.query.bias and old.blocks.0.query.bias"),
     (lambda t: [t.pop(k) for k in [*t][:8]], "and 3 more"),
+    (lambda t: t.update({"ln.weight": np.array([1, np.nan, 2, 3])}), "ln.weight has values that"),
 ])
 def test_what_does_not_fit_is_listed(theirs, shapes, tmp_path, change, message):
     change(theirs)

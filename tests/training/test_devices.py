@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import tail_ast, tail_clap
-from tail_jax import cli, describe, losses, methods
+from tail_jax import describe, losses, methods
 from tail_jax.models.presets import PRESETS, preset
 from tail_jax.training import sharding
 from tail_jax.train import train
