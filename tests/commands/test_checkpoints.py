@@ -24,9 +24,11 @@ from tail_jax.run import open_run
 from tail_jax.train import train
 from tail_jax.training.checkpoints import load_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
-def run(tiny_config, tmp_path_factory):
+def run(quick_compilation, tiny_config, tmp_path_factory):
     """(workdir, config, backbone folder) of a finished run of PTAT."""
     workdir = tmp_path_factory.mktemp("run")
     config = tiny_config("ptat", tasks=2, **{"train.duration": "2 steps"})

