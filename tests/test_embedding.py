@@ -47,7 +47,7 @@ class Moments:
         return {"pooled": x, "embedding": x / jnp.linalg.norm(x, axis=1, keepdims=True)}
 
     def encode_text(self):
-        raise NotImplementedError
+        raise NotImplementedError  # it has no text tower; the engine must never call this
 
 
 def moments(clip):
