@@ -27,11 +27,11 @@ PTAT_SHARE = 0.0242
 def describe(config: dict) -> dict:
     """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts)."""
     config = settings.with_checkpoint(config)
-    model, method = settings.described_model(config), methods.build(config["method"])
+    model, method = settings.described_model(config), methods.build(
+        config["method"], max(len(config["stream"]["tasks"]), 1))
     mesh = sharding.make_mesh(**config["mesh"])
     params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(lambda p: method.begin_task(
-        method.init(jax.random.key(0), model, p), 0), params)
+    state = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p), params)
     frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
     trainable = state["trainable"]
     total = count(params, BUFFERS)

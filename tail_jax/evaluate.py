@@ -40,7 +40,7 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the --workdir of a run")
     config = json.loads(path.read_text())
-    trains = methods.build(config["method"]).trains
+    trains = methods.METHODS[config["method"]["name"]].trains
     if trains:
         known = {0} | {int(file.stem.removeprefix("task_"))
                        for file in (workdir / "tuning").glob("task_*.safetensors")}
@@ -57,8 +57,9 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
     if task and trains:
         file = workdir / "tuning" / f"task_{task}.safetensors"
         tree, _ = load_tuning(file, run.backbone)
-        check_same_structure(state["trainable"], tree, str(file))
-        state |= {"trainable": sharding.place(tree, run.mesh)}
+        check_same_structure(run.method.stored(state), tree, str(file))
+        trainable, aux = run.method.restored(tree)
+        state |= {"trainable": sharding.place(trainable, run.mesh), "aux": state["aux"] | aux}
     fresh = run.embed(state) if task else run.embed_backbone()
     stale = run.galleries(task) if split == own_split else [None] * len(fresh)
     return {"task": task, "split": split, "tasks": [t.name for t in run.stream.tasks],

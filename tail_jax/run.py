@@ -26,9 +26,10 @@ from tail_jax.training import sharding
 from tail_jax.training.checkpoints import load_tree, save_tree
 from tail_jax.training.embedder import Embedder
 from tail_jax.training.step import cast_frozen
+from tail_jax.training.task_data import TaskData
 
 # PRNG streams of a run; each is folded into the key of its seed.
-INIT_KEY, STEP_KEY = 0, 1
+INIT_KEY, STEP_KEY, HOOK_KEY = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,25 @@ class Run:
             "trainable": sharding.place(state["trainable"], self.mesh),
             "aux": sharding.put_tree(state["aux"], jax.tree.map(lambda _: here, state["aux"]))}
 
-    def begin_task(self, state: State, task: int) -> State:
+    def begin_task(self, state: State, task: int, data: TaskData | None) -> State:
         """`method.begin_task`; new arrays go to all devices, so that the step stays one program."""
-        state = self.method.begin_task(state, task)
-        return state | {"aux": jax.device_put(state["aux"], sharding.replicated(self.mesh))}
+        return self._placed(self.method.begin_task(state, task, data))
+
+    def end_task(self, state: State, task: int, data: TaskData | None) -> State:
+        """`method.end_task`, its arrays placed in the same way."""
+        return self._placed(self.method.end_task(state, task, data))
+
+    def _placed(self, state: State) -> State:
+        where = sharding.parameter_shardings(state["trainable"], self.mesh)
+        return state | {"trainable": jax.device_put(state["trainable"], where),
+                        "aux": jax.device_put(state["aux"], sharding.replicated(self.mesh))}
+
+    def task_data(self, reader: SplitReader, task: int, hook: int) -> TaskData:
+        """What hook 0 (`begin_task`) or 1 (`end_task`) sees of task `task`."""
+        key = jax.random.fold_in(jax.random.fold_in(self.key, HOOK_KEY), 2 * task + hook)
+        seed = np.random.SeedSequence([self.config["seed"], task, hook]).generate_state(1)[0]
+        return TaskData(self.model, self.frozen, reader, key, int(seed),
+                        self.config["train"]["batch_size"], self.mesh)
 
     def embed(self, state: State) -> list[TaskEmbeddings]:
         """The measured split of every task under the method's state."""
@@ -128,8 +144,8 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
     """
     mesh = sharding.make_mesh(**config["mesh"])
     settings.check(config, mesh.shape["data"])
-    method = methods.build(config["method"])
     stream = build_stream(settings.stream_spec(config))
+    method = methods.build(config["method"], len(stream.tasks))
     backbone = prepare_backbone(config, stream, workdir, pretrain)
     tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]))
                   for task in stream.tasks)

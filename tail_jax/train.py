@@ -34,9 +34,10 @@ from tail_jax.reporting.writers import JsonLinesWriter, read_results, write_json
 from tail_jax.run import STEP_KEY, Run, open_run, read, stream_name
 from tail_jax.training import teacher
 from tail_jax.training.checkpoints import Checkpoints, save_tree
-from tail_jax.training.loop import Diverged, Preempted, TaskLoop, watch_signals
+from tail_jax.training.loop import STEP_KEYS, Diverged, Preempted, TaskLoop, watch_signals
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, parse_duration
 from tail_jax.training.step import make_train_step
+from tail_jax.training.task_data import TaskData
 from tail_jax.tuning.masks import count
 
 
@@ -68,7 +69,7 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     checkpoints = Checkpoints(workdir / "checkpoints")
     progress = checkpoints.progress() or {
         "number": 0, "task": 0, "step": 0, "global_step": 0, "rows": {}, "train_seconds": {},
-        "evaluation_seconds": 0.0, "total_seconds": 0.0}
+        "state_bytes": {}, "evaluation_seconds": 0.0, "total_seconds": 0.0}
     if progress["number"]:
         state, opt_state = unpack(checkpoints.restore(pack(state, opt_state)), opt_state)
         print(f"{workdir}: resumes at task {progress['task'] + 1}, step {progress['step']}",
@@ -91,15 +92,16 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         for number in range(progress["task"], len(plan)):
             task = plan[number]
             if progress["step"] == 0:
-                state = run.begin_task(state, number)
+                state = run.begin_task(state, number, task.data(run, number, hook=0))
                 opt_state = step.init_optimizer(state["trainable"])
             if task.steps:
                 state, opt_state = train_task(run, task, number, state, opt_state, step, progress,
                                               metrics.write, save, stop)
-            state = run.method.end_task(state, number)
+            state = run.end_task(state, number, task.data(run, number, hook=1))
+            progress["state_bytes"][task.name] = tree_bytes(state)
             measure(run, progress, task.row, lambda: run.embed(state))
             if run.method.trains:
-                save_tuning(run, task, state["trainable"])
+                save_tuning(run, task, run.method.stored(state))
             save(state, opt_state, task=number + 1, step=0)
             if stop() and number + 1 < len(plan):
                 raise Preempted(143)
@@ -136,6 +138,10 @@ class Task:
     row: int
     cache_teacher: bool = False
 
+    def data(self, run: Run, number: int, hook: int) -> TaskData | None:
+        """What `begin_task` (hook 0) and `end_task` (1) of task `number` see."""
+        return self.reader and run.task_data(self.reader, number, hook)
+
 
 def make_plan(run: Run) -> list[Task]:
     """What a method is trained on, in order: every task, all of them at once, or nothing."""
@@ -170,7 +176,8 @@ def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, 
             train_seconds=seconds()),
         stop=stop, clip_name=lambda row: task.reader.split.clips[row].id,
         log_every=run.config["train"]["log_every"],
-        save_seconds=run.config["train"]["save_seconds"])
+        save_seconds=run.config["train"]["save_seconds"],
+        keys=STEP_KEYS + run.method.batch_keys)
     trainable, opt_state = loop.run(
         f"{run.config['method']['name']}: {task.name}",
         training_batches(run, task, number, state, progress["step"]), state["trainable"],
@@ -183,13 +190,15 @@ def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, 
 def training_batches(run: Run, task: Task, number: int, state: State, start_step: int):
     """The batches of a task from `start_step` on, with the teacher's embeddings where they keep."""
     seed = int(np.random.SeedSequence([run.config["seed"], number]).generate_state(1)[0])
-    batches = task.reader.train_batches(run.config["train"]["batch_size"], seed, start_step,
-                                        jax.process_index(), jax.process_count())
-    if not task.cache_teacher:
-        return batches
-    embedder, args = run.embedder, (state["aux"]["teacher"], run.frozen, state["aux"])
-    return teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
-                          embedder.text(task.reader, *args))
+    rows = run.config["train"]["batch_size"] - run.method.replay_rows(state)
+    batches = task.reader.train_batches(rows, seed, start_step, jax.process_index(),
+                                        jax.process_count())
+    if task.cache_teacher:
+        embedder, args = run.embedder, (state["aux"]["teacher"], run.frozen, state["aux"])
+        batches = teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
+                                 embedder.text(task.reader, *args))
+    for step, batch in enumerate(batches, start_step):
+        yield run.method.replay(state, batch, np.random.default_rng([seed, step]))
 
 
 def measure(run: Run, progress: dict, row: int, embed: Callable) -> None:
@@ -202,12 +211,15 @@ def measure(run: Run, progress: dict, row: int, embed: Callable) -> None:
     progress["evaluation_seconds"] += time.monotonic() - start
 
 
-def save_tuning(run: Run, task: Task, trainable) -> None:
+def save_tuning(run: Run, task: Task, tree: dict) -> None:
     """Writes what was learned so far, with the backbone it belongs to."""
-    header = {"kind": "tuning", "method": run.config["method"], "task": task.name,
+    method = run.config["method"]
+    if "tasks" in method:  # as many as the stream had
+        method = method | {"tasks": run.method.tasks}
+    header = {"kind": "tuning", "method": method, "task": task.name,
               "backbone": run.backbone.name, "backbone_sha256": run.backbone.sha256,
               "model": run.model.to_dict()}
-    save_tree(run.workdir / "tuning" / f"task_{task.row}.safetensors", jax.device_get(trainable),
+    save_tree(run.workdir / "tuning" / f"task_{task.row}.safetensors", jax.device_get(tree),
               header)
 
 
@@ -220,6 +232,11 @@ def unpack(packed: dict, opt_state: Any) -> tuple[State, Any]:
     """(state, optimizer state) of what `pack` made."""
     treedef = jax.tree.structure(opt_state)
     return packed["state"], jax.tree.unflatten(treedef, packed["optimizer"])
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def summary(run: Run, state: State, progress: dict) -> dict:
@@ -239,6 +256,8 @@ def summary(run: Run, state: State, progress: dict) -> dict:
                      "parameters": total},
         "trainable_parameters": count(state["trainable"], BUFFERS),
         "total_parameters": total,
+        "state_bytes": progress["state_bytes"],
+        "memory_bytes": tree_bytes(state.get("memory")),
         "matrices": matrices, "summary": summarize(matrices),
         "wall_seconds": {"train": progress["train_seconds"],
                          "evaluate": progress["evaluation_seconds"]},

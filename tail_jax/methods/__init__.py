@@ -30,8 +30,8 @@ def defaults(name: str) -> dict:
     return {"name": name} | dataclasses.asdict(METHODS[name]())
 
 
-def build(config: Mapping) -> Method:
-    """The method that `config` (name and settings) describes.
+def build(config: Mapping, tasks: int = 0) -> Method:
+    """The method that `config` (name and settings) describes, for a stream of `tasks` tasks.
 
     Raises:
         ValueError: on an unknown name, an unknown setting or a value out of range.
@@ -42,6 +42,11 @@ def build(config: Mapping) -> Method:
     if "prompts" in config:
         _check(config["prompts"], known["prompts"], "method.prompts")
         config["prompts"] = PromptConfig(**config["prompts"])
+    if "tasks" in known:
+        config["tasks"] = config.get("tasks") or tasks
+        if config["tasks"] < max(tasks, 1):
+            raise ValueError(f"method.tasks is {config['tasks']}; expected at least {tasks or 1}, "
+                             "the tasks of the stream, or 0 for just these")
     return METHODS[known["name"]](**config)
 
 

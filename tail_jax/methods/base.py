@@ -4,6 +4,7 @@ A method is a frozen dataclass of hyper-parameters. Its state is data, a dict wi
 
     trainable   the tree that is optimised (and nothing else is)
     aux         arrays the loss reads but does not change: teachers, switches, statistics
+    memory      kept examples, arrays on the host; only of methods that replay
 
 The backbone stands beside them as `frozen` and is never part of the state. The trainer calls
 
@@ -11,6 +12,10 @@ The backbone stands beside them as `frozen` and is never part of the state. The 
 
 `forward` treats every row of the batch alone, `objective` sees the whole batch; the split is what
 lets the trainer accumulate gradients over parts of a batch and still get the loss of the whole.
+`begin_task` and `end_task` may read the task's training data (`training/task_data.py`).
+
+A method whose arrays are made for a number of tasks has a field `tasks`; at 0 the run fills in how
+many its stream has.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ class Method:
     trains = True    # False: the method is evaluated as it is
     joint = False    # True: one training on the union of all tasks, an upper bound
     has_teacher = False  # True: `aux` has a `teacher` tree, copied from `trainable` at each task
+    batch_keys = ()      # entries of a batch that `replay` adds for the step
+    embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
 
     # --- state -------------------------------------------------------------------------------
 
@@ -58,8 +65,12 @@ class Method:
         """(parameters, tuning) as the encoders take them."""
         raise NotImplementedError  # a hook without a default: every method has its own
 
-    def begin_task(self, state: State, task: int) -> State:
-        """State at the start of task 0, 1, ...; shapes stay, for the step is traced once."""
+    def begin_task(self, state: State, task: int, data) -> State:
+        """State at the start of task 0, 1, ...; shapes stay, for the step is traced once.
+
+        `data` is the `TaskData` of the task (None for a method that is not trained).
+        """
+        del data
         if not self.has_teacher:
             return state
         # A copy: an alias would be freed when the step donates the trainable tree.
@@ -67,10 +78,33 @@ class Method:
             "teacher": jax.tree.map(jnp.copy, state["trainable"]),
             "distil": jnp.asarray(task > 0, jnp.float32)}}
 
-    def end_task(self, state: State, task: int) -> State:
-        """State after the last step of a task."""
-        del task
+    def end_task(self, state: State, task: int, data) -> State:
+        """State after the last step of a task; `data` as in `begin_task`."""
+        del task, data
         return state
+
+    def replay_rows(self, state: State) -> int:
+        """How many rows of each batch `replay` fills in this task; the reader gives the others."""
+        del state
+        return 0
+
+    def replay(self, state: State, batch: dict, random) -> dict:
+        """The batch with `replay_rows` rows of the memory after those of the task.
+
+        On the host, arrays of NumPy; `random` is a Generator of this step. Entries named in
+        `batch_keys` are there in every task.
+        """
+        del state, random
+        return batch
+
+    def stored(self, state: State) -> dict:
+        """What a tuning file holds: the trainable tree, and under `aux` what embedding reads."""
+        aux = {name: state["aux"][name] for name in self.embedding_aux}
+        return state["trainable"] | ({"aux": aux} if aux else {})
+
+    def restored(self, tree: dict) -> tuple[dict, dict]:
+        """(trainable, aux) of what `stored` gave."""
+        return {k: v for k, v in tree.items() if k != "aux"}, tree.get("aux", {})
 
     # --- optimisation ------------------------------------------------------------------------
 

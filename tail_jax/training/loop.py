@@ -96,6 +96,7 @@ class TaskLoop:
         clip_name: name of a `clip_id`, for messages.
         log_every: steps between metrics on disk.
         save_seconds: longest time between checkpoints.
+        keys: entries of a batch that the step reads.
     """
 
     step: Any
@@ -107,6 +108,7 @@ class TaskLoop:
     clip_name: Callable[[int], str] = str
     log_every: int = 10
     save_seconds: float = 300.0
+    keys: tuple[str, ...] = STEP_KEYS
 
     def run(self, title, batches, trainable, opt_state, frozen, aux, mask, start, total):
         """Steps `start` to `total`; returns (trainable, opt_state).
@@ -137,7 +139,7 @@ class TaskLoop:
             for number in range(start, total):
                 batch = next(batches)
                 position = jnp.asarray([number, total], jnp.int32)
-                device_batch = put_batch({k: batch[k] for k in STEP_KEYS if k in batch}, self.mesh)
+                device_batch = put_batch({k: batch[k] for k in self.keys if k in batch}, self.mesh)
                 trainable, opt_state, metrics = self.step(
                     trainable, opt_state, frozen, aux, mask, device_batch, self.key, position)
                 pending.append((number, metrics, batch))

@@ -24,7 +24,7 @@ PARAMETER_RULES = [
     (r"audio/stage_\w+/relative_position_bias", P()),
     (r"heads/.*", P()),
     (r"logit_scale", P()),
-    (r"prompts/.*", P()),
+    (r"(prompts|pool|lora|adapters)/.*", P()),
 ]
 
 

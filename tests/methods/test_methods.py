@@ -55,7 +55,7 @@ def moved(tree, seed):
 def second_task(method):
     """(trainable, aux) in the middle of the second task: student and teacher differ."""
     state = method.init(jax.random.key(2), MODEL, params())
-    state = method.begin_task(state | {"trainable": moved(state["trainable"], 3)}, 1)
+    state = method.begin_task(state | {"trainable": moved(state["trainable"], 3)}, 1, None)
     return moved(state["trainable"], 4), state["aux"]
 
 
@@ -179,7 +179,7 @@ def test_ptat_adds_its_terms_by_their_weights_from_the_second_task_on():
     loss, m = objective(method, trainable, aux, embeddings(7))
     assert loss == pytest.approx(m["retrieval"] + 0.5 * m["similarity"] + 3 * m["feature"],
                                  abs=1e-5)
-    first = method.begin_task({"trainable": trainable, "aux": aux}, 0)["aux"]
+    first = method.begin_task({"trainable": trainable, "aux": aux}, 0, None)["aux"]
     loss, m = objective(method, trainable, first, embeddings(7))
     assert loss == pytest.approx(m["retrieval"], abs=1e-6) and m["feature"] > 0.01
 
@@ -229,9 +229,9 @@ def test_teacher_is_a_copy_taken_at_the_start_of_the_task():
     state = method.init(jax.random.key(0), MODEL, params())
     state["trainable"] = moved(state["trainable"], 9)
     values = jax.device_get(state["trainable"])
-    begun = method.begin_task(state, 1)
+    begun = method.begin_task(state, 1, None)
     assert jax.tree.structure(begun) == jax.tree.structure(state)
-    assert (float(begun["aux"]["distil"]), float(method.begin_task(state, 0)["aux"]["distil"])) \
+    assert (float(begun["aux"]["distil"]), float(method.begin_task(state, 0, None)["aux"]["distil"])) \
         == (1, 0)
     jax.tree.map(lambda x: x.delete(), begun["trainable"])  # as donation does
     jax.tree.map(np.testing.assert_array_equal, begun["aux"]["teacher"], values)

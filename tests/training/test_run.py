@@ -202,7 +202,7 @@ def test_mask_of_a_method_is_asked_for_at_each_task(tiny_config, tmp_path, monke
 
 def test_opened_run_shares_no_memory_between_trainable_teacher_and_backbone(tiny_config, tmp_path):
     run: Run = open_run(tiny_config("ptat", tasks=1), tmp_path)
-    state = run.begin_task(run.initial_state(), 0)
+    state = run.begin_task(run.initial_state(), 0, None)
     trees = state["trainable"]["heads"], state["aux"]["teacher"]["heads"], run.frozen["heads"]
     pointers = [{x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)} for tree in trees]
     assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2])
