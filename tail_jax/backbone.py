@@ -37,6 +37,8 @@ class Backbone:
         max_tokens: longest text, begin and end included; 0 for a model of audio alone.
         tokenizer: its tokenizer.json, or a folder with vocabulary files; None without one.
         tuning: what a method learned beside the parameters, as the encoders take it, or None.
+        encoders: {audio, text}: functions (params, tuning, input, mask) -> outputs of a method
+            that does more than the model's own; None otherwise.
         stored_hash: the hash that came with the parameters; empty where none did.
     """
 
@@ -47,6 +49,7 @@ class Backbone:
     max_tokens: int
     tokenizer: pathlib.Path | None
     tuning: dict | None = None
+    encoders: dict | None = None
     stored_hash: str = ""
 
     @functools.cached_property
@@ -58,7 +61,7 @@ class Backbone:
     def embeddings(self) -> Embeddings:
         """The model on the device, ready to embed; made on first use."""
         return Embeddings(self.model, self.params, self.front_end, self.tokenizer, self.max_tokens,
-                          self.name, self.tuning)
+                          self.name, self.tuning, self.encoders)
 
     def embed_audio(self, clips, sampling_rate=None, policy: str | None = None,
                     **options) -> np.ndarray:
@@ -226,9 +229,25 @@ def tuned(backbone: Backbone, path) -> Backbone:
     """The backbone with what a run's tuning file holds. Raises as `load_tuning`."""
     tree, header = load_tuning(path, backbone)
     method = methods.build(header["method"])
-    params, tuning = method.resolve(backbone.model, tree, method.frozen(backbone.params))
-    return dataclasses.replace(backbone, params=params, tuning=tuning, stored_hash="",
-                               name=f"{backbone.name}, {pathlib.Path(path).name}")
+    trainable, aux = method.restored(tree)
+    params, tuning = method.resolve(backbone.model, trainable, method.frozen(backbone.params))
+    encoders = None
+    if method.own_encode:
+        tuning = {"trainable": trainable, "aux": aux}
+        encoders = {side: _encoder(method, backbone.model, side) for side in ("audio", "text")}
+    return dataclasses.replace(backbone, params=params, tuning=tuning, encoders=encoders,
+                               stored_hash="", name=f"{backbone.name}, {pathlib.Path(path).name}")
+
+
+def _encoder(method, model, side: str):
+    """`method.encode` in the form of the model's own encoders."""
+    keys = {"audio": ("audio", "audio_mask"), "text": ("token_ids", "token_mask")}[side]
+
+    def encode(params, tuning, *inputs):
+        return method.encode(side, model, tuning["trainable"], params, tuning["aux"],
+                             dict(zip(keys, inputs)))
+
+    return encode
 
 
 def content_hash(*parts: Any) -> str:

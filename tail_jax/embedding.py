@@ -44,7 +44,8 @@ class Embeddings:
 
     def __init__(self, model: DualEncoder, params: dict, front_end: Any = None,
                  tokenizer: os.PathLike | str | None = None, max_tokens: int = 0,
-                 name: str = "model", tuning: dict | None = None):
+                 name: str = "model", tuning: dict | None = None,
+                 encoders: dict[str, Callable] | None = None):
         """Args:
             model: the description.
             params: NumPy tree; goes to the device on first use.
@@ -53,12 +54,14 @@ class Embeddings:
             max_tokens: longest text, begin and end included; what is longer is cut.
             name: of the model, for messages.
             tuning: what a method learned beside the parameters, as the encoders take it.
+            encoders: {audio, text}: functions (params, tuning, input, mask) -> outputs; None are
+                those of the model.
         """
         self.model, self.front_end, self.name = model, front_end, name
         self.traces = 0
         self._host_params, self._tokenizer_path = (params, tuning), tokenizer
         self._max_tokens = max_tokens
-        encoders = {"audio": model.encode_audio, "text": model.encode_text}
+        encoders = encoders or {"audio": model.encode_audio, "text": model.encode_text}
         self._encode = {side: self._jit(encode) for side, encode in encoders.items()}
         # Alone among the outputs: what else the towers return is not computed then.
         self._embed = {side: self._jit(encode, "embedding") for side, encode in encoders.items()}

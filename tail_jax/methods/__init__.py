@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Mapping
 
+from tail_jax.methods.ablations import ABLATIONS
+from tail_jax.methods.adapter import CLAPAdapter
 from tail_jax.methods.base import Method
+from tail_jax.methods.coda import CODAPrompt
+from tail_jax.methods.dualprompt import DualPrompt
 from tail_jax.methods.full import Frozen, Joint, Sequential
+from tail_jax.methods.l2p import L2P
+from tail_jax.methods.lora import Lora, LoraDistilled
 from tail_jax.methods.ptat import PTAT, Prompts
+from tail_jax.methods.sprompts import SPrompts
 from tail_jax.tuning.prompts import PromptConfig
 
 METHODS: dict[str, type[Method]] = {
@@ -16,7 +23,14 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "prompts": Prompts,
     "ptat": PTAT,
-}
+    "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "coda": CODAPrompt,
+    "sprompts": SPrompts,
+    "lora": Lora,
+    "lora_distil": LoraDistilled,
+    "clap_adapter": CLAPAdapter,
+} | ABLATIONS
 
 
 def defaults(name: str) -> dict:
@@ -44,8 +58,8 @@ def build(config: Mapping, tasks: int = 0) -> Method:
         config["prompts"] = PromptConfig(**config["prompts"])
     if "tasks" in known:
         config["tasks"] = config.get("tasks") or tasks
-        if config["tasks"] < max(tasks, 1):
-            raise ValueError(f"method.tasks is {config['tasks']}; expected at least {tasks or 1}, "
+        if config["tasks"] < tasks:
+            raise ValueError(f"method.tasks is {config['tasks']}; expected at least {tasks}, "
                              "the tasks of the stream, or 0 for just these")
     return METHODS[known["name"]](**config)
 

@@ -49,6 +49,7 @@ class Method:
     has_teacher = False  # True: `aux` has a `teacher` tree, copied from `trainable` at each task
     batch_keys = ()      # entries of a batch that `replay` adds for the step
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
+    own_encode = False   # True: `encode` does more than `resolve` can say
 
     # --- state -------------------------------------------------------------------------------
 
@@ -125,16 +126,17 @@ class Method:
 
     # --- the step ----------------------------------------------------------------------------
 
+    def encode(self, side, model, trainable, frozen, aux, batch, key=None) -> dict[str, Any]:
+        """What the tower `side` ('audio' or 'text') gives for a batch, each row alone."""
+        return model.encode(side, *self.resolve(model, trainable, frozen), batch, key=key)
+
     def embed_audio(self, model, trainable, frozen, aux, batch, key=None) -> jax.Array:
         """Unit audio embeddings [B, d] of `batch['audio']`, each row alone."""
-        params, tuning = self.resolve(model, trainable, frozen)
-        return model.encode_audio(params, tuning, batch["audio"], key=key)["embedding"]
+        return self.encode("audio", model, trainable, frozen, aux, batch, key)["embedding"]
 
     def embed_text(self, model, trainable, frozen, aux, batch, key=None) -> jax.Array:
         """Unit text embeddings [B, d] of `batch['token_ids'], batch['token_mask']`."""
-        params, tuning = self.resolve(model, trainable, frozen)
-        return model.encode_text(params, tuning, batch["token_ids"], batch["token_mask"],
-                                 key=key)["embedding"]
+        return self.encode("text", model, trainable, frozen, aux, batch, key)["embedding"]
 
     def forward(self, model, trainable, frozen, aux, batch, key) -> dict[str, jax.Array]:
         """Everything `objective` needs of each row: arrays with a leading batch axis."""

@@ -193,6 +193,14 @@ class DualEncoder:
                      (tuning or {}).get("text"))
         return self._project(params, "text", out)
 
+    def encode(self, side: str, params: dict, tuning: dict | None, batch: Mapping, *,
+               key: jax.Array | None = None) -> dict:
+        """`encode_audio` of a batch's audio (and audio_mask), or `encode_text` of its tokens."""
+        if side == "audio":
+            return self.encode_audio(params, tuning, batch["audio"], batch.get("audio_mask"),
+                                     key=key)
+        return self.encode_text(params, tuning, batch["token_ids"], batch["token_mask"], key=key)
+
     def _project(self, params, side, out):
         x = out["pooled"].astype(jnp.float32)
         if len(self.towers) == 2:

@@ -6,13 +6,14 @@ of (L layers, width d)
     prompts       [L, n, d]           extra tokens of each layer; L = 1 means shallow (see below)
     prompts_mask  [L, n]              False takes a prompt out of the attention (layer ranges)
     prefix        {key, value}: [L, n, d]               extra keys and values, not projected
+    prefix_mask   [L, n]              as prompts_mask
     adapter       {down: {kernel [L, d, r], bias [L, r]}, up: {kernel [L, r, d], bias [L, d]},
                    scale [L]}         scale * (relu(h W_down + b_down) W_up + b_up), h the input of
                                       the feed-forward branch before its norm, added to its output
     lora          {query|key|value|out|up|down: {a [L, in, r], b [L, r, out]}}
                                       x a b added to that dense layer; any scale is folded into b
 
-Every leaf but `prompts_mask` may have a batch axis in front (methods that choose per example).
+Every leaf but the masks may have a batch axis in front (methods that choose per example).
 
 Deep prompts are replaced at every layer and what the layer makes of them is thrown away, so they
 act on real tokens only as extra keys and values. These are projected once per step, without batch
@@ -79,7 +80,7 @@ class BlockConfig:
 _DENSE = ("query", "key", "value", "out", "up", "down")
 # Rank of one layer's share of each tuning leaf, without a batch axis.
 _RANKS = {
-    "prompts": 2, "prompts_mask": 1, "prefix": {"key": 2, "value": 2},
+    "prompts": 2, "prompts_mask": 1, "prefix": {"key": 2, "value": 2}, "prefix_mask": 1,
     "adapter": {"down": {"kernel": 2, "bias": 1}, "up": {"kernel": 2, "bias": 1}, "scale": 0},
     "lora": {name: {"a": 2, "b": 2} for name in _DENSE}}
 
@@ -88,8 +89,7 @@ def layer_tuning(tuning: dict | None, layers: int, ndim: int) -> list[dict]:
     """One dict for each of `layers` layers, its leaves ready to meet tokens of `ndim` dimensions.
 
     The layer axis is gone. Biases and scales become matrices [1, d] and [1, 1], and matrices with
-    a batch axis [B, 1, ..., n, d], so that all broadcast against [B, ..., S, d]. A `prompts_mask`
-    stays [n].
+    a batch axis [B, 1, ..., n, d], so that all broadcast against [B, ..., S, d]. A mask stays [n].
 
     Raises:
         ValueError: on a leaf that the format does not know, or of another rank or layer count.
@@ -105,11 +105,12 @@ def layer_tuning(tuning: dict | None, layers: int, ndim: int) -> list[dict]:
             return [{k: part[i] for k, part in parts.items()} for i in range(layers)]
         if isinstance(rank, dict) or isinstance(node, dict):
             raise ValueError(f"tuning {name} is a {type(node).__name__}; see transformer.py")
-        batch = node.shape[:1] if node.ndim == rank + 2 and name != "prompts_mask" else ()
+        is_mask = name.endswith("_mask")
+        batch = node.shape[:1] if node.ndim == rank + 2 and not is_mask else ()
         if node.ndim != len(batch) + 1 + rank or node.shape[len(batch)] != layers:
             raise ValueError(f"tuning {name} has shape {node.shape}; expected [{layers} layers, "
                              f"{rank} more axes], with or without a batch axis before them")
-        if name == "prompts_mask":
+        if is_mask:
             return list(node)
         matrix = (1,) * (2 - rank) + node.shape[len(batch) + 1:]
         shape = batch + (1,) * (ndim - 3) * len(batch) + matrix
@@ -199,7 +200,7 @@ class Block(nn.Module):
             if "prefix" in tuning:
                 keys.insert(0, tuning["prefix"]["key"])
                 values.insert(0, tuning["prefix"]["value"])
-                shown.insert(0, jnp.ones(keys[0].shape[-2], bool))
+                shown.insert(0, tuning.get("prefix_mask", jnp.ones(keys[0].shape[-2], bool)))
             query, key, value = (
                 z.reshape(z.shape[:-1] + (c.heads, c.width // c.heads)).swapaxes(-3, -2)
                 for z in (dense("query", pick(y)), _stack(keys, y), _stack(values, y)))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from tail_jax.models.transformer import pair
 
 COUPLINGS = ("linear_shared", "per_layer", "independent")
+TEXT_SIDES = {"both": ("pre", "post"), "prefix": ("pre",), "suffix": ("post",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PromptConfig:
 
     Attributes:
         length: prompts a layer, n; the text side has n before and n after the words.
+        text_side: 'both', or 'prefix' or 'suffix' alone.
         depth: 'deep' (new prompts at every layer) or 'shallow' (first layer only; ViT towers).
         first_layer, last_layer: half-open range of audio layers with prompts; 0, 0 means all.
         coupling: 'linear_shared', 'per_layer' (a pair of maps for each layer) or 'independent'
@@ -40,10 +42,12 @@ class PromptConfig:
     last_layer: int = 0
     coupling: str = "linear_shared"
     htsat_map: str = "per_stage"
+    text_side: str = "both"
 
     def __post_init__(self):
         for name, allowed in (("depth", ("deep", "shallow")), ("coupling", COUPLINGS),
-                              ("htsat_map", ("per_stage", "common"))):
+                              ("htsat_map", ("per_stage", "common")),
+                              ("text_side", TEXT_SIDES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"prompts.{name} is {getattr(self, name)!r}; expected one of {list(allowed)}")
@@ -52,6 +56,11 @@ class PromptConfig:
         if self.depth == "shallow" and (self.first_layer or self.last_layer):
             raise ValueError("prompts.depth 'shallow' enters at the first layer and flows on; "
                              "leave prompts.first_layer and prompts.last_layer at 0")
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Of 'pre' and 'post', the text prompts there are."""
+        return TEXT_SIDES[self.text_side]
 
 
 def _plan(config: PromptConfig, model):
@@ -66,17 +75,22 @@ def _plan(config: PromptConfig, model):
     first, last = config.first_layer, config.last_layer or total
     if not 0 <= first < last <= total:
         raise ValueError(f"prompts cover layers {first} to {last}; the audio tower has {total}")
+    return stage_ranges(stages, first, last), text_layers, text_width
+
+
+def stage_ranges(stages, first: int, last: int) -> list[tuple[range, int, int]]:
+    """[(layers of the stage within first to last, all its layers, width)] of `layer_widths`."""
     plan, start = [], 0
     for layers, width in stages:
         low, high = (min(max(i - start, 0), layers) for i in (first, last))
         plan.append((range(low, high), layers, width))
         start += layers
-    return plan, text_layers, text_width
+    return plan
 
 
-def _bound(model, width: int) -> float:
+def prompt_bound(tower, width: int) -> float:
     """Of the uniform distribution of prompts; 1 stands for the patch of towers without patches."""
-    return (6 / (math.prod(pair(getattr(model.audio, "patch", 1))) + width)) ** 0.5
+    return (6 / (math.prod(pair(getattr(tower, "patch", 1))) + width)) ** 0.5
 
 
 def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
@@ -92,7 +106,7 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
     audio = []
     for rows, _, width in plan:
         width = text_width if common else width
-        bound = _bound(model, width)
+        bound = prompt_bound(model.audio, width)
         shape = (len(rows), config.length, width)
         audio.append(jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound))
 
@@ -105,10 +119,10 @@ def init_prompts(key: jax.Array, config: PromptConfig, model) -> dict:
         p["stage"] = {str(s): linear(text_width, width)
                       for s, (rows, _, width) in enumerate(plan) if rows and width != text_width}
     if config.coupling == "independent":
-        bound = _bound(model, text_width)
-        shape = (text_layers, 2 * config.length, text_width)
+        bound = prompt_bound(model.audio, text_width)
+        shape = (text_layers, len(config.sides) * config.length, text_width)
         return p | {"text": jax.random.uniform(next(keys), shape, minval=-bound, maxval=bound)}
-    for side in ("pre", "post"):
+    for side in config.sides:
         if config.coupling == "per_layer":
             p[side] = [linear(a.shape[-1], text_width, a.shape[:1]) for a in audio if len(a)]
         elif common:
@@ -126,13 +140,14 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
     """
     plan, text_layers, text_width = _plan(config, model)
     covered = [s for s, (rows, _, _) in enumerate(plan) if rows]
+    sides = config.sides
     audio, masks, text = [], [], []
     for s, (rows, layers, width) in enumerate(plan):
         if not rows:
             audio.append(jnp.zeros((layers, config.length, width)))
             masks.append(jnp.zeros((layers, config.length), bool))
             if config.coupling != "independent":
-                text.append(jnp.zeros((layers, 2 * config.length, text_width)))
+                text.append(jnp.zeros((layers, len(sides) * config.length, text_width)))
             continue
         a = p["audio"][s]
         # Layers without prompts hold zeros, and the mask closes them.
@@ -140,9 +155,9 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
         spread = lambda x: jnp.pad(x, [around, (0, 0), (0, 0)])
         masks.append(jnp.pad(jnp.ones((len(rows), config.length), bool), [around, (0, 0)]))
         if config.coupling != "independent":
-            own = min(covered.index(s), len(p["pre"]) - 1)  # or the one pair of all stages
-            pair = [_linear(a, p[side][own]) for side in ("pre", "post")]
-            text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, 2n, d_t]
+            own = min(covered.index(s), len(p[sides[0]]) - 1)  # or the one pair of all stages
+            pair = [_linear(a, p[side][own]) for side in sides]
+            text.append(spread(jnp.concatenate(pair, axis=1)))  # [layers, n or 2n, d_t]
         if str(s) in p.get("stage", {}):
             a = _linear(a, p["stage"][str(s)])
         audio.append(spread(a))
@@ -154,7 +169,8 @@ def prompt_tuning(config: PromptConfig, model, p: dict) -> dict:
     if any(len(rows) < layers for rows, layers, _ in plan):
         tuning["audio"]["prompts_mask"] = masks
         if text:
-            tuning["text"]["prompts_mask"] = jnp.tile(jnp.concatenate(masks)[pick], (1, 2))
+            tuning["text"]["prompts_mask"] = jnp.tile(jnp.concatenate(masks)[pick],
+                                                      (1, len(sides)))
     if len(plan) == 1:  # one stage: no list
         tuning["audio"] = {name: stages[0] for name, stages in tuning["audio"].items()}
     return tuning

@@ -1,0 +1,85 @@
+"""PTAT's distillation (ATSFD), for any method: the step before teaches similarity and features."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tail_jax import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """Adds to the loss L of the method named after it among the bases of a class
+
+        1[m > 1] (lambda_s L_sim + lambda_f L_fd)
+
+    L_sim is `losses.similarity_distillation` ('matrix_kl'), or L_ret between the embeddings of
+    one step and those of the other, averaged over both pairings ('cross_time'). L_fd is
+    `losses.feature_distillation`, summed over both modalities. The teacher is a copy of what is
+    trained, taken at the start of the task.
+
+    Attributes:
+        similarity_weight, feature_weight: lambda_s, lambda_f.
+        similarity_temperature, feature_temperature: T_s, T_f.
+        similarity_form: 'matrix_kl' or 'cross_time'.
+        feature_form: 'kl', 'cosine' or 'mse'.
+    """
+
+    similarity_weight: float = 1.0
+    feature_weight: float = 1.0
+    similarity_temperature: float = 2.0
+    feature_temperature: float = 2.0
+    similarity_form: str = "matrix_kl"
+    feature_form: str = "kl"
+
+    has_teacher = True
+
+    def __post_init__(self):
+        if self.similarity_form not in ("matrix_kl", "cross_time"):
+            raise ValueError(f"method.similarity_form is {self.similarity_form!r}; "
+                             "expected 'matrix_kl' or 'cross_time'")
+        if self.feature_form not in losses.FEATURE_FORMS:
+            raise ValueError(f"method.feature_form is {self.feature_form!r}; "
+                             f"expected one of {[*losses.FEATURE_FORMS]}")
+        for name in ("similarity_temperature", "feature_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"method.{name} is {getattr(self, name)}; expected more than 0")
+
+    def init(self, key, model, params):
+        state = super().init(key, model, params)
+        return state | {"aux": {"teacher": state["trainable"], "distil": jnp.zeros(())}}
+
+    def forward(self, model, trainable, frozen, aux, batch, key):
+        outputs = super().forward(model, trainable, frozen, aux, batch, key)
+        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
+            teacher = {"audio": batch["teacher_audio"], "text": batch["teacher_text"]}
+        else:
+            teacher = super().forward(model, aux["teacher"], frozen, aux, batch, None)
+        teacher = jax.lax.stop_gradient(teacher)
+        return outputs | {f"teacher_{k}": v for k, v in teacher.items()}
+
+    def objective(self, model, trainable, frozen, aux, outputs, batch):
+        loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
+        a, t = outputs["audio"], outputs["text"]
+        a_old, t_old = outputs["teacher_audio"], outputs["teacher_text"]
+        scale = self.resolve(model, trainable, frozen)[0]["logit_scale"]
+        scale_old = self.resolve(model, aux["teacher"], frozen)[0]["logit_scale"]
+        mask = batch["mask"]
+        if self.similarity_form == "matrix_kl":
+            sim = losses.similarity_distillation(
+                losses.similarity(a, t, scale), losses.similarity(a_old, t_old, scale_old), mask,
+                self.similarity_temperature)
+        else:
+            g = losses.positives(batch["clip_id"], batch["caption_key"], mask)
+            sim = sum(losses.retrieval_loss(losses.similarity(x, y, scale), g, mask)
+                      for x, y in ((a, t_old), (a_old, t))) / 2
+        feature = sum(
+            losses.feature_distillation(z, z_old, mask, self.feature_temperature,
+                                        self.feature_form) for z, z_old in ((a, a_old), (t, t_old)))
+        # In the first task student and teacher are one: weight 0, the same program.
+        loss += aux["distil"] * (self.similarity_weight * sim + self.feature_weight * feature)
+        return loss, metrics | {"similarity": sim, "feature": feature}
+
