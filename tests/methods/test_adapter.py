@@ -47,11 +47,12 @@ def test_the_adapter_by_its_formula(learned):
         if learned:
             assert 1 / (1 + np.exp(-own["ratio"])) == pytest.approx(0.3)
             own["ratio"], r = own["ratio"] + 1, 1 / (1 + np.exp(-float(own["ratio"]) - 1))
-        e = np.asarray(MODEL.encode(side, params(), None, batch)["embedding"], np.float64)
+        e = np.asarray(jax.jit(functools.partial(MODEL.encode, side))(params(), None, batch)
+                       ["embedding"], np.float64)
         hidden = np.maximum(e @ np.asarray(own["down"]["kernel"], np.float64), 0)
         mixed = r * np.maximum(hidden @ np.asarray(own["up"]["kernel"]), 0) + (1 - r) * e
         expected = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
-        got = embed(MODEL, trainable, params(), {}, batch)
+        got = jax.jit(functools.partial(embed, MODEL))(trainable, params(), {}, batch)
         np.testing.assert_allclose(got, expected, atol=1e-5)
         assert np.abs(got - e).max() > 1e-3
 

@@ -182,3 +182,23 @@ def test_wrong_settings_are_errors(settings, message):
 def test_settings_that_do_not_fit_the_tower_are_errors(model, settings, message):
     with pytest.raises(ValueError, match=message):
         init_prompts(jax.random.key(0), PromptConfig(**settings), model)
+
+
+@pytest.mark.parametrize("coupling", ["linear_shared", "per_layer", "independent"])
+@pytest.mark.parametrize("side, own, rows", [("prefix", "pre", slice(0, 2)),
+                                             ("suffix", "post", slice(2, 4))])
+@pytest.mark.parametrize("model", [AST, HTSAT], ids=["ast", "htsat"])
+def test_one_text_side_has_the_prompts_of_that_side_alone(model, side, own, rows, coupling):
+    p, tuning = make(model, coupling=coupling, text_side=side, last_layer=3)
+    assert tuning["text"]["prompts"].shape == (4, 2, 12)
+    if coupling == "independent":
+        assert p["text"].shape == (4, 2, 12)
+        return
+    assert {"pre", "post"} & set(p) == {own}
+    assert tuning["text"]["prompts_mask"].tolist() == [[True] * 2] * 3 + [[False] * 2]
+    config = PromptConfig(length=2, coupling=coupling)
+    values = init_prompts(jax.random.key(0), config, model)
+    alone = {k: v for k, v in values.items() if k in ("audio", own)}
+    close(prompt_tuning(PromptConfig(length=2, coupling=coupling, text_side=side), model,
+                        alone)["text"]["prompts"],
+          prompt_tuning(config, model, values)["text"]["prompts"][:, rows])

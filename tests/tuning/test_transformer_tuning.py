@@ -123,6 +123,18 @@ def test_closed_prompts_are_no_prompts(norm):
     close(run({"prompts": prompts, "prompts_mask": some}), run({"prompts": prompts[:, 1:4]}))
 
 
+@BOTH
+@EITHER
+def test_closed_prefixes_are_no_prefixes(norm, batched):
+    run, _, _ = stack(norm)
+    prefix = make_tuning("prefix", LAYERS, WIDTH, HIDDEN, 7, (BATCH,) * batched)["prefix"]
+    closed = jnp.zeros((LAYERS, 2), bool)
+    close(run({"prefix": prefix, "prefix_mask": closed}), run())
+    first = {k: v[..., :1, :] for k, v in prefix.items()}
+    close(run({"prefix": prefix, "prefix_mask": closed.at[:, 0].set(True)}),
+          run({"prefix": first}))
+
+
 # --- The other three, against formulas --------------------------------------------------------
 
 
