@@ -6,8 +6,12 @@ import dataclasses
 from typing import Mapping
 
 from tail_jax.methods.base import Method
+from tail_jax.methods.ewc import EWC
 from tail_jax.methods.full import Frozen, Joint, Sequential
+from tail_jax.methods.lwf import LwFFeature, LwFSimilarity
+from tail_jax.methods.modx import ModX
 from tail_jax.methods.ptat import PTAT, Prompts
+from tail_jax.methods.replay import DarkReplay, Replay
 from tail_jax.tuning.prompts import PromptConfig
 
 METHODS: dict[str, type[Method]] = {
@@ -16,6 +20,12 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "prompts": Prompts,
     "ptat": PTAT,
+    "lwf_feature": LwFFeature,
+    "lwf_similarity": LwFSimilarity,
+    "ewc": EWC,
+    "er": Replay,
+    "der": DarkReplay,
+    "modx": ModX,
 }
 
 

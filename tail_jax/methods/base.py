@@ -4,7 +4,8 @@ A method is a frozen dataclass of hyper-parameters. Its state is data, a dict wi
 
     trainable   the tree that is optimised (and nothing else is)
     aux         arrays the loss reads but does not change: teachers, switches, statistics
-    memory      kept examples, arrays on the host; only of methods that replay
+    memory      kept pairs, arrays on the host, `mask` True on rows in use; only of methods that
+                replay
 
 The backbone stands beside them as `frozen` and is never part of the state. The trainer calls
 
@@ -47,7 +48,6 @@ class Method:
     trains = True    # False: the method is evaluated as it is
     joint = False    # True: one training on the union of all tasks, an upper bound
     has_teacher = False  # True: `aux` has a `teacher` tree, copied from `trainable` at each task
-    batch_keys = ()      # entries of a batch that `replay` adds for the step
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
 
     # --- state -------------------------------------------------------------------------------
@@ -64,6 +64,11 @@ class Method:
                 frozen: dict) -> tuple[dict, dict | None]:
         """(parameters, tuning) as the encoders take them."""
         raise NotImplementedError  # a hook without a default: every method has its own
+
+    def memory(self, model: DualEncoder, max_tokens: int) -> dict:
+        """`state["memory"]` before the first task, of the shapes it keeps; {} is none."""
+        del model, max_tokens
+        return {}
 
     def begin_task(self, state: State, task: int, data) -> State:
         """State at the start of task 0, 1, ...; shapes stay, for the step is traced once.
@@ -83,18 +88,23 @@ class Method:
         del task, data
         return state
 
-    def replay_rows(self, state: State) -> int:
-        """How many rows of each batch `replay` fills in this task; the reader gives the others."""
-        del state
+    def replay_rows(self, state: State, batch_size: int) -> int:
+        """How many of a batch's rows `replay` adds in this task; the reader gives the others."""
+        del state, batch_size
         return 0
 
-    def replay(self, state: State, batch: dict, random) -> dict:
-        """The batch with `replay_rows` rows of the memory after those of the task.
+    def replay_shapes(self, model: DualEncoder, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Entries that `replay` adds to a batch of `rows` rows for the step, in every task."""
+        del model, rows
+        return {}
 
-        On the host, arrays of NumPy; `random` is a Generator of this step. Entries named in
-        `batch_keys` are there in every task.
+    def replay(self, state: State, batch: dict, rows: int, reader, random) -> dict:
+        """The batch, and after its rows `rows` of the memory.
+
+        On the host, arrays of NumPy; `reader` is that of the task, `random` a Generator of this
+        step. Clips of the memory have negative ids.
         """
-        del state, random
+        del state, rows, reader, random
         return batch
 
     def stored(self, state: State) -> dict:
@@ -141,6 +151,16 @@ class Method:
         keys = (None, None) if key is None else jax.random.split(key)
         return {"audio": self.embed_audio(model, trainable, frozen, aux, batch, keys[0]),
                 "text": self.embed_text(model, trainable, frozen, aux, batch, keys[1])}
+
+    def teacher_outputs(self, model, frozen, aux, batch) -> dict[str, jax.Array]:
+        """`teacher_audio`, `teacher_text` [B, d]: the batch under `aux["teacher"]`, no gradient."""
+        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
+            teacher = {k: batch[k] for k in ("teacher_audio", "teacher_text")}
+        else:
+            args = model, aux["teacher"], frozen, aux, batch
+            teacher = {"teacher_audio": self.embed_audio(*args),
+                       "teacher_text": self.embed_text(*args)}
+        return jax.lax.stop_gradient(teacher)
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         """(loss, metrics): scalars, from the outputs of the whole batch."""

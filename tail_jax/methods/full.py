@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from tail_jax.methods.base import Method
 
 
@@ -36,6 +38,23 @@ class Joint(Sequential):
     """Full fine-tuning on the shuffled union of all tasks, as many updates: the upper bound."""
 
     joint = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught(Sequential):
+    """Full fine-tuning beside a copy of the model of the task before; subclasses say what it does.
+
+    In the first task the two are one and `aux["distil"]`, the factor of the teacher's term, is 0.
+    """
+
+    has_teacher = True
+
+    def init(self, key, model, params):
+        return {"trainable": params, "aux": {"teacher": params, "distil": jnp.zeros(())}}
+
+    def forward(self, model, trainable, frozen, aux, batch, key):
+        outputs = super().forward(model, trainable, frozen, aux, batch, key)
+        return outputs | self.teacher_outputs(model, frozen, aux, batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from tail_jax import losses
@@ -107,12 +106,7 @@ class PTAT(Prompts):
 
     def forward(self, model, trainable, frozen, aux, batch, key):
         outputs = super().forward(model, trainable, frozen, aux, batch, key)
-        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
-            teacher = {"audio": batch["teacher_audio"], "text": batch["teacher_text"]}
-        else:
-            teacher = super().forward(model, aux["teacher"], frozen, aux, batch, None)
-        teacher = jax.lax.stop_gradient(teacher)
-        return outputs | {f"teacher_{k}": v for k, v in teacher.items()}
+        return outputs | self.teacher_outputs(model, frozen, aux, batch)
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
