@@ -52,9 +52,8 @@ class EWC(Sequential):
     def end_task(self, state, task, data):
         total, count = jax.tree.map(jnp.zeros_like, state["trainable"]), 0
         for number, batch in enumerate(data.batches(-(-self.queries // (2 * data.batch_size)))):
-            squared = squared_score(self, data.model, state["trainable"], data.frozen,
-                                    state["aux"], batch, jax.random.fold_in(data.key, number))
-            total = jax.tree.map(jnp.add, total, squared)
+            total = _added(self, data.model, total, state["trainable"], data.frozen, state["aux"],
+                           batch, jax.random.fold_in(data.key, number))
             count += 2 * int(batch["mask"].sum())  # fewer in the last batch of an epoch
         fisher = jax.tree.map(lambda old, new: self.decay * old + new / count,
                               state["aux"]["fisher"], total)
@@ -74,7 +73,11 @@ class EWC(Sequential):
         return self.penalty_weight / 2 * jax.tree.reduce(jnp.add, terms)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _added(method, model, total, *args):
+    return jax.tree.map(jnp.add, total, squared_score(method, model, *args))
+
+
 def squared_score(method, model, trainable, frozen, aux, batch, key):
     """( grad of sum over queries of log p(y|query) )^2, y drawn by `key`: a tree like `trainable`."""
     mask = batch["mask"]

@@ -1,6 +1,7 @@
-"""What holds for every method there is: two short tasks, undisturbed and stopped in between."""
+"""What holds for every method there is: two short tasks, and again from a step in the second."""
 
 import contextlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,29 +10,52 @@ import pytest
 from tail_jax import methods
 from tail_jax import train as train_module
 from tail_jax.evaluate import evaluate
+from tail_jax.methods.full import Sequential
 from tail_jax.training.checkpoints import load_tree, tree_hash
-from tail_jax.training.loop import Preempted
 from tail_jax.training.step import TrainStep
 from tail_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TRAINED = [name for name, method in methods.METHODS.items() if method.trains]
+# 27 and 15 pairs in batches of 8; together or one after the other.
+STEPS, KEPT = 4 + 2, 5
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_config, tmp_path_factory):
-    """runs(method) -> (config, workdir, results, calls of the step), each run done once."""
+    """runs(method) -> (config, workdir, results, calls of the step), each run done once.
+
+    WORKDIR_killed is the folder as it was after step `KEPT`, with a checkpoint of that step.
+    """
     done = {}
 
     def run(method):
         if method not in done:
-            config = tiny_config(method, tasks=2, **{"train.duration": "1 epochs"})
+            layers = {f"model.{side}.layers": 1 for side in ("audio", "text")
+                      if issubclass(methods.METHODS[method], Sequential)}  # quicker to compile
+            config = tiny_config(method, tasks=2, **{"train.duration": "1 epochs"} | layers)
             workdir = tmp_path_factory.mktemp(method)
-            with watched_steps() as calls:
+            with watched_steps() as calls, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train_module, "watch_signals", lambda: kept_step(calls, workdir))
                 done[method] = config, workdir, train(config, workdir), calls
         return done[method]
 
     return run
+
+
+@contextlib.contextmanager
+def kept_step(calls, workdir):
+    """Signals as the trainer watches them: one that has it save a step, and then does not stop."""
+    asked = []
+
+    def stop():
+        if len(calls) == KEPT:
+            asked.append(1)
+            if len(asked) == 2:
+                shutil.copytree(workdir, workdir.with_name(f"{workdir.name}_killed"))
+        return len(asked) == 1
+
+    yield stop
 
 
 @contextlib.contextmanager
@@ -59,6 +83,7 @@ def test_two_tasks_are_trained_in_one_program_and_measured(runs, method):
     assert results["trace_count"] == int(kind.trains)
     assert len([call for call in calls if call["position"][0] == 0]) == (
         0 if not kind.trains else 1 if kind.joint else 2)
+    assert len(calls) == STEPS * kind.trains
     last = results["matrices"]["text_to_audio/mAP@10/own/fresh"][-1]
     assert all(0 <= value <= 1 for value in last)
     assert (results["memory_bytes"] > 0) == (results["memory_pairs"] > 0)
@@ -81,27 +106,18 @@ def test_what_the_loss_reads_beside_the_batch_is_constant_within_a_task(runs, me
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_run_stopped_in_its_last_task_ends_in_the_same_bits(runs, tmp_path, monkeypatch, method):
-    config, reference, expected, calls = runs(method)
-    most = len(calls) - 1
-
-    @contextlib.contextmanager
-    def signals():
-        yield lambda: len(seen) >= most
-
-    with watched_steps() as seen:
-        monkeypatch.setattr(train_module, "watch_signals", signals)
-        with pytest.raises(Preempted):
-            train(config, tmp_path)
-        monkeypatch.undo()
-    assert len(seen) == most and not (tmp_path / "results.json").exists()
-    results = train(config, tmp_path)
-    assert results["trace_count"] == 1  # what was restored lies where the step wants it
+def test_run_killed_in_its_last_task_ends_in_the_same_bits(runs, capsys, method):
+    config, reference, expected, _ = runs(method)
+    killed = reference.with_name(f"{reference.name}_killed")
+    results = train(config, killed)
+    where = (1, KEPT) if methods.METHODS[method].joint else (2, KEPT - 4)
+    assert "resumes at task {}, step {}".format(*where) in capsys.readouterr().err
+    assert results["trace_count"] == 1
     for name in ("matrices", "state_bytes", "memory_bytes", "memory_pairs"):
         assert results[name] == expected[name]
-    assert (tmp_path / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
+    assert (killed / "metrics.jsonl").read_text() == (reference / "metrics.jsonl").read_text()
     for file in sorted((reference / "tuning").iterdir()):
-        np.testing.assert_equal(load_tree(tmp_path / "tuning" / file.name)[0], load_tree(file)[0])
+        np.testing.assert_equal(load_tree(killed / "tuning" / file.name)[0], load_tree(file)[0])
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -111,10 +127,9 @@ def test_evaluation_from_the_tuning_file_gives_the_last_row(runs, method):
 
 
 def test_joint_sees_every_pair_of_every_task(runs):
-    config, _, _, calls = runs("joint")
-    # 11 and 6 training clips, of 2 and 3 captions in turn: 27 and 15 pairs, each once in an epoch.
+    _, _, _, calls = runs("joint")
+    # 11 and 6 training clips, of 2 and 3 captions in turn.
     real = [call["batch"]["mask"] for call in calls]
     keys = np.concatenate([c["batch"]["caption_key"][m] for c, m in zip(calls, real)])
     clips = np.concatenate([c["batch"]["clip_id"][m] for c, m in zip(calls, real)])
-    assert len(calls) == 4 + 2 and config["train"]["batch_size"] == 8
     assert sorted(keys) == [*range(27 + 15)] and sorted(set(clips)) == [*range(11 + 6)]
