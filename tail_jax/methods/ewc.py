@@ -79,7 +79,7 @@ def _added(method, model, total, *args):
 
 
 def squared_score(method, model, trainable, frozen, aux, batch, key):
-    """( grad of sum over queries of log p(y|query) )^2, y drawn by `key`: a tree like `trainable`."""
+    """( grad of sum over queries of log p(y|query) )^2, y drawn by `key`; like `trainable`."""
     mask = batch["mask"]
 
     def log_likelihood(trainable):

@@ -1,7 +1,7 @@
 """Mod-X style alignment (Ni et al., ICML 2023): who is how far from whom stays, where it was right.
 
-With M = softmax over j of <a_i, t_j>, cosines without a scale, and ' for the teacher's, the model of
-the task before,
+With M = softmax over j of <a_i, t_j>, cosines without a scale, and ' for the teacher's, the model
+of the task before,
 
     L = L_ret + alpha/2 sum_i KL( M~_i || M_i ),   in both directions,
     M~_i = M'_i if the teacher ranks pair i first among the batch, else M_i itself (no loss).

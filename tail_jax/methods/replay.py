@@ -12,7 +12,8 @@ updates, so fewer new pairs are seen.
     ER      L = L_ret over the whole batch
     DER     L = L_ret + alpha mean over rows of the memory ( ||a - a°||^2 + ||t - t°||^2 )
 
-with ° for the embeddings that the model gave to the pair when it was stored, at the end of its task.
+with ° for the embeddings that the model gave to the pair when it was stored, at the end of its
+task.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def reservoir(capacity: int, before: int, count: int,
 
 
 def hashes(split, captions: np.ndarray) -> np.ndarray:
-    """int32 [n], not negative: equal where normalised captions are, in whatever split they stand."""
+    """int32 [n], not negative: equal where normalised captions are, in whatever split."""
     return np.array([_hash(split.captions[row]) for row in captions], np.int32).reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""What a method's hooks see of a task beside the steps: its training data, and nothing of others."""
+"""What a method's hooks see of a task beside the steps: its training data, nothing of others."""
 
 from __future__ import annotations
 
