@@ -43,7 +43,8 @@ def describe(config: dict) -> dict:
         "trainable_parameters": count(trainable, BUFFERS),
         "trainable_share": count(trainable, BUFFERS) / total,
         "bytes": {"frozen": _bytes(frozen), "trainable": _bytes(trainable),
-                  "teacher_and_statistics": _bytes(state["aux"])},
+                  "teacher_and_statistics": _bytes(state["aux"]),
+                  "memory": _bytes(method.memory(model, config["data"]["max_tokens"]))},
         "mesh": dict(mesh.shape), "devices": jax.device_count(),
         "shardings": _shardings(frozen, mesh) | _shardings(trainable, mesh),
     }
@@ -73,7 +74,7 @@ def batch_shapes(config: dict, model, method) -> dict:
     if method.has_teacher and config["train"]["cache_teacher"]:
         batch |= {f"teacher_{side}": shape((rows, model.embedding), jnp.float32)
                   for side in ("audio", "text")}
-    return batch
+    return batch | method.replay_shapes(model, rows)
 
 
 def _bytes(tree) -> int:

@@ -64,10 +64,10 @@ class Run:
         """The method's state before the first task, on the devices, sharing no memory."""
         key = jax.random.fold_in(self.key, INIT_KEY)
         state = self.method.init(key, self.model, self.backbone.params)
-        here = sharding.replicated(self.mesh)
-        return state | {
+        memory = self.method.memory(self.model, self.config["data"]["max_tokens"])
+        return state | ({"memory": memory} if memory else {}) | {
             "trainable": sharding.place(state["trainable"], self.mesh),
-            "aux": sharding.put_tree(state["aux"], jax.tree.map(lambda _: here, state["aux"]))}
+            "aux": sharding.put_tree(state["aux"], self._aux_shardings(state))}
 
     def begin_task(self, state: State, task: int, data: TaskData | None) -> State:
         """`method.begin_task`; new arrays go to all devices, so that the step stays one program."""
@@ -80,7 +80,14 @@ class Run:
     def _placed(self, state: State) -> State:
         where = sharding.parameter_shardings(state["trainable"], self.mesh)
         return state | {"trainable": jax.device_put(state["trainable"], where),
-                        "aux": jax.device_put(state["aux"], sharding.replicated(self.mesh))}
+                        "aux": jax.device_put(state["aux"], self._aux_shardings(state))}
+
+    def _aux_shardings(self, state: State) -> dict:
+        """Trees like `trainable` (teachers, Fisher) lie as it does, the rest on every device."""
+        where = sharding.parameter_shardings(state["trainable"], self.mesh)
+        here, like = sharding.replicated(self.mesh), jax.tree.structure(where)
+        return {name: where if jax.tree.structure(tree) == like
+                else jax.tree.map(lambda _: here, tree) for name, tree in state["aux"].items()}
 
     def task_data(self, reader: SplitReader, task: int, hook: int) -> TaskData:
         """What hook 0 (`begin_task`) or 1 (`end_task`) sees of task `task`."""

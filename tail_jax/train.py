@@ -174,10 +174,11 @@ def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, 
         save=lambda n, trainable, opt_state: save(
             state | {"trainable": trainable}, opt_state, step=n, global_step=before + n,
             train_seconds=seconds()),
-        stop=stop, clip_name=lambda row: task.reader.split.clips[row].id,
+        stop=stop, clip_name=lambda row: (task.reader.split.clips[row].id if row >= 0
+                                          else "of the memory"),
         log_every=run.config["train"]["log_every"],
         save_seconds=run.config["train"]["save_seconds"],
-        keys=STEP_KEYS + run.method.batch_keys)
+        keys=STEP_KEYS + tuple(run.method.replay_shapes(run.model, 1)))
     trainable, opt_state = loop.run(
         f"{run.config['method']['name']}: {task.name}",
         training_batches(run, task, number, state, progress["step"]), state["trainable"],
@@ -190,15 +191,17 @@ def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, 
 def training_batches(run: Run, task: Task, number: int, state: State, start_step: int):
     """The batches of a task from `start_step` on, with the teacher's embeddings where they keep."""
     seed = int(np.random.SeedSequence([run.config["seed"], number]).generate_state(1)[0])
-    rows = run.config["train"]["batch_size"] - run.method.replay_rows(state)
-    batches = task.reader.train_batches(rows, seed, start_step, jax.process_index(),
-                                        jax.process_count())
+    size, hosts = run.config["train"]["batch_size"], jax.process_count()
+    replayed = run.method.replay_rows(state, size)
+    batches = task.reader.train_batches(size - replayed, seed, start_step, jax.process_index(),
+                                        hosts)
     if task.cache_teacher:
         embedder, args = run.embedder, (state["aux"]["teacher"], run.frozen, state["aux"])
         batches = teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
                                  embedder.text(task.reader, *args))
     for step, batch in enumerate(batches, start_step):
-        yield run.method.replay(state, batch, np.random.default_rng([seed, step]))
+        random = np.random.default_rng([seed, step, jax.process_index()])
+        yield run.method.replay(state, batch, replayed // hosts, task.reader, random)
 
 
 def measure(run: Run, progress: dict, row: int, embed: Callable) -> None:
@@ -258,6 +261,7 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         "total_parameters": total,
         "state_bytes": progress["state_bytes"],
         "memory_bytes": tree_bytes(state.get("memory")),
+        "memory_pairs": int(np.sum(state["memory"]["mask"])) if "memory" in state else 0,
         "matrices": matrices, "summary": summarize(matrices),
         "wall_seconds": {"train": progress["train_seconds"],
                          "evaluate": progress["evaluation_seconds"]},

@@ -58,6 +58,9 @@ def get_config(arg=None) -> ConfigDict:
     config.model.embedding = 8
     if "prompts" in config.method:
         config.method.prompts.length = 2
+    # Less than the pairs of a task, and a few batches.
+    config.method.update({k: v for k, v in {"capacity": 10, "queries": 40}.items()
+                          if k in config.method})
     config.backbone.kind = "random"
     config.data.root = args["root"]
     config.data.cache_dir = str(pathlib.Path(args["root"]) / "cache")

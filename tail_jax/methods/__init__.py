@@ -10,10 +10,14 @@ from tail_jax.methods.adapter import CLAPAdapter
 from tail_jax.methods.base import Method
 from tail_jax.methods.coda import CODAPrompt
 from tail_jax.methods.dualprompt import DualPrompt
+from tail_jax.methods.ewc import EWC
 from tail_jax.methods.full import Frozen, Joint, Sequential
 from tail_jax.methods.l2p import L2P
 from tail_jax.methods.lora import Lora, LoraDistilled
+from tail_jax.methods.lwf import LwFFeature, LwFSimilarity
+from tail_jax.methods.modx import ModX
 from tail_jax.methods.ptat import PTAT, Prompts
+from tail_jax.methods.replay import DarkReplay, Replay
 from tail_jax.methods.sprompts import SPrompts
 from tail_jax.tuning.prompts import PromptConfig
 
@@ -23,6 +27,12 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "prompts": Prompts,
     "ptat": PTAT,
+    "lwf_feature": LwFFeature,
+    "lwf_similarity": LwFSimilarity,
+    "ewc": EWC,
+    "er": Replay,
+    "der": DarkReplay,
+    "modx": ModX,
     "l2p": L2P,
     "dualprompt": DualPrompt,
     "coda": CODAPrompt,

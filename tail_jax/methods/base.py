@@ -4,7 +4,8 @@ A method is a frozen dataclass of hyper-parameters. Its state is data, a dict wi
 
     trainable   the tree that is optimised (and nothing else is)
     aux         arrays the loss reads but does not change: teachers, switches, statistics
-    memory      kept examples, arrays on the host; only of methods that replay
+    memory      kept pairs, arrays on the host, `mask` True on rows in use; only of methods that
+                replay
 
 The backbone stands beside them as `frozen` and is never part of the state. The trainer calls
 
@@ -46,8 +47,7 @@ class Method:
 
     trains = True    # False: the method is evaluated as it is
     joint = False    # True: one training on the union of all tasks, an upper bound
-    has_teacher = False  # True: `aux` has a `teacher` tree, copied from `trainable` at each task
-    batch_keys = ()      # entries of a batch that `replay` adds for the step
+    has_teacher = False  # True: `aux` has a `teacher` tree, see `distillation.Taught`
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
     own_encode = False   # True: `encode` does more than `resolve` can say
 
@@ -66,36 +66,41 @@ class Method:
         """(parameters, tuning) as the encoders take them."""
         raise NotImplementedError  # a hook without a default: every method has its own
 
+    def memory(self, model: DualEncoder, max_tokens: int) -> dict:
+        """`state["memory"]` before the first task, of the shapes it keeps; {} is none."""
+        del model, max_tokens
+        return {}
+
     def begin_task(self, state: State, task: int, data) -> State:
         """State at the start of task 0, 1, ...; shapes stay, for the step is traced once.
 
         `data` is the `TaskData` of the task (None for a method that is not trained).
         """
-        del data
-        if not self.has_teacher:
-            return state
-        # A copy: an alias would be freed when the step donates the trainable tree.
-        return state | {"aux": state["aux"] | {
-            "teacher": jax.tree.map(jnp.copy, state["trainable"]),
-            "distil": jnp.asarray(task > 0, jnp.float32)}}
+        del task, data
+        return state
 
     def end_task(self, state: State, task: int, data) -> State:
         """State after the last step of a task; `data` as in `begin_task`."""
         del task, data
         return state
 
-    def replay_rows(self, state: State) -> int:
-        """How many rows of each batch `replay` fills in this task; the reader gives the others."""
-        del state
+    def replay_rows(self, state: State, batch_size: int) -> int:
+        """How many of a batch's rows `replay` adds in this task; the reader gives the others."""
+        del state, batch_size
         return 0
 
-    def replay(self, state: State, batch: dict, random) -> dict:
-        """The batch with `replay_rows` rows of the memory after those of the task.
+    def replay_shapes(self, model: DualEncoder, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Entries that `replay` adds to a batch of `rows` rows for the step, in every task."""
+        del model, rows
+        return {}
 
-        On the host, arrays of NumPy; `random` is a Generator of this step. Entries named in
-        `batch_keys` are there in every task.
+    def replay(self, state: State, batch: dict, rows: int, reader, random) -> dict:
+        """The batch, and after its rows `rows` of the memory.
+
+        On the host, arrays of NumPy; `reader` is that of the task, `random` a Generator of this
+        step. Clips of the memory have negative ids.
         """
-        del state, random
+        del state, rows, reader, random
         return batch
 
     def stored(self, state: State) -> dict:

@@ -1,4 +1,4 @@
-"""PTAT's distillation (ATSFD), for any method: the step before teaches similarity and features."""
+"""Teachers for any method, and PTAT's distillation (ATSFD) of similarity and features."""
 
 from __future__ import annotations
 
@@ -10,16 +10,47 @@ import jax.numpy as jnp
 from tail_jax import losses
 
 
+class Taught:
+    """Gives the method named after it among the bases of a class a teacher: a copy of its trainable
+    tree, taken at the start of each task.
+
+    The outputs of `forward` then hold `teacher_audio` and `teacher_text`, without gradient. In the
+    first task the two are one, and `aux["distil"]`, the factor of the teacher's terms, is 0.
+    """
+
+    has_teacher = True
+
+    def init(self, key, model, params):
+        state = super().init(key, model, params)
+        return state | {"aux": state["aux"] | {"teacher": state["trainable"],
+                                               "distil": jnp.zeros(())}}
+
+    def begin_task(self, state, task, data):
+        state = super().begin_task(state, task, data)
+        # A copy: an alias would be freed when the step donates the trainable tree.
+        return state | {"aux": state["aux"] | {
+            "teacher": jax.tree.map(jnp.copy, state["trainable"]),
+            "distil": jnp.asarray(task > 0, jnp.float32)}}
+
+    def forward(self, model, trainable, frozen, aux, batch, key):
+        outputs = super().forward(model, trainable, frozen, aux, batch, key)
+        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
+            teacher = {"audio": batch["teacher_audio"], "text": batch["teacher_text"]}
+        else:
+            teacher = super().forward(model, aux["teacher"], frozen, aux, batch, None)
+        teacher = jax.lax.stop_gradient(teacher)
+        return outputs | {f"teacher_{k}": v for k, v in teacher.items()}
+
+
 @dataclasses.dataclass(frozen=True)
-class Distilled:
+class Distilled(Taught):
     """Adds to the loss L of the method named after it among the bases of a class
 
         1[m > 1] (lambda_s L_sim + lambda_f L_fd)
 
     L_sim is `losses.similarity_distillation` ('matrix_kl'), or L_ret between the embeddings of
     one step and those of the other, averaged over both pairings ('cross_time'). L_fd is
-    `losses.feature_distillation`, summed over both modalities. The teacher is a copy of what is
-    trained, taken at the start of the task.
+    `losses.feature_distillation`, summed over both modalities.
 
     Attributes:
         similarity_weight, feature_weight: lambda_s, lambda_f.
@@ -35,8 +66,6 @@ class Distilled:
     similarity_form: str = "matrix_kl"
     feature_form: str = "kl"
 
-    has_teacher = True
-
     def __post_init__(self):
         if self.similarity_form not in ("matrix_kl", "cross_time"):
             raise ValueError(f"method.similarity_form is {self.similarity_form!r}; "
@@ -47,19 +76,6 @@ class Distilled:
         for name in ("similarity_temperature", "feature_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"method.{name} is {getattr(self, name)}; expected more than 0")
-
-    def init(self, key, model, params):
-        state = super().init(key, model, params)
-        return state | {"aux": {"teacher": state["trainable"], "distil": jnp.zeros(())}}
-
-    def forward(self, model, trainable, frozen, aux, batch, key):
-        outputs = super().forward(model, trainable, frozen, aux, batch, key)
-        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
-            teacher = {"audio": batch["teacher_audio"], "text": batch["teacher_text"]}
-        else:
-            teacher = super().forward(model, aux["teacher"], frozen, aux, batch, None)
-        teacher = jax.lax.stop_gradient(teacher)
-        return outputs | {f"teacher_{k}": v for k, v in teacher.items()}
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
@@ -82,4 +98,3 @@ class Distilled:
         # In the first task student and teacher are one: weight 0, the same program.
         loss += aux["distil"] * (self.similarity_weight * sim + self.feature_weight * feature)
         return loss, metrics | {"similarity": sim, "feature": feature}
-

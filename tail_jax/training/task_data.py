@@ -1,8 +1,9 @@
-"""What a method's hooks see of a task beside the steps: its training data, and nothing of others."""
+"""What a method's hooks see of a task beside the steps: its training data, nothing of others."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable, Iterator
 
 import jax
@@ -67,9 +68,7 @@ class TaskData:
         return out
 
     def _map(self, function, state, batches, id_key, keys):
-        run = jax.jit(lambda *args: function(self.model, *args),
-                      in_shardings=(None, None, None, by_row(self.mesh)),
-                      out_shardings=replicated(self.mesh))
+        run = _compiled(function, self.model, self.mesh)
         ids, values = [], []
         for batch in batches:
             rows = run(state["trainable"], self.frozen, state["aux"],
@@ -80,3 +79,10 @@ class TaskData:
         out = np.empty_like(values)
         out[ids] = values
         return out
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(function, model, mesh):
+    """Kept, so that a function (the hook of a method, say) is compiled once for all tasks."""
+    return jax.jit(lambda *args: function(model, *args),
+                   in_shardings=(None, None, None, by_row(mesh)), out_shardings=replicated(mesh))
