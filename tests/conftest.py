@@ -69,3 +69,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # Programs in memory are found again whatever the setting; those made here round in another way,
+    # and a later test that compares bits with another process would meet them.
+    jax.clear_caches()
