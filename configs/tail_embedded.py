@@ -28,7 +28,7 @@ def get_config(arg=None) -> ConfigDict:
                                    f"model={args['model']}")
     config.method = ConfigDict(methods.defaults(args["method"]))
     if args["settings"] == "best":
-        best.apply(config, BEST)
+        best.apply(config.method, BEST)
     elif args["settings"] != "default":
         raise ValueError(f"config argument settings={args['settings']}; expected best or default")
     config.backbone.pretrain.seed = args["seed"]

@@ -64,13 +64,13 @@ def settings(content: Mapping, method: str) -> dict[str, Any]:
             if key in own and own[key] == other.get(key)}
 
 
-def apply(config: ConfigDict, path) -> None:
-    """Sets the fields of `config.method` to the settings that the file has for it."""
-    found = settings(read(path), config.method.name)
-    unknown = sorted(found.keys() - flat_defaults(config.method.name))
+def apply(method: ConfigDict, path) -> None:
+    """Sets the fields of a `config.method` to the settings that the file has for it."""
+    found = settings(read(path), method.name)
+    unknown = sorted(found.keys() - flat_defaults(method.name))
     if unknown:
-        raise ValueError(f"{path}: method {config.method.name} has no settings {unknown}")
-    config.method.update_from_flattened_dict(found)
+        raise ValueError(f"{path}: method {method.name} has no settings {unknown}")
+    method.update_from_flattened_dict(found)
 
 
 def tuned_methods(content: Mapping, names) -> list[str]:
@@ -174,14 +174,14 @@ def _is_grid(value) -> bool:
     return isinstance(value, list) and all(isinstance(trial, dict) for trial in value)
 
 
-def _text(value: Any, indent: str = "") -> str:
-    short = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    if not value or not isinstance(value, (dict, list)) or len(indent) + len(short) <= 88:
-        return short
+def _text(value: Any, indent: str = "", name: str = "") -> str:
+    short = f"{name}{json.dumps(value, sort_keys=True, ensure_ascii=False)}"
+    if not value or not isinstance(value, (dict, list)) or len(indent) + len(short) < 100:
+        return indent + short
     inner = indent + " "
     if isinstance(value, list):
-        lines = [inner + _text(item, inner) for item in value]
+        opened, closed, lines = "[", "]", [_text(item, inner) for item in value]
     else:
-        lines = [f"{inner}{json.dumps(key)}: {_text(value[key], inner)}" for key in sorted(value)]
-    ends = "[]" if isinstance(value, list) else "{}"
-    return ends[0] + "\n" + ",\n".join(lines) + f"\n{indent}{ends[1]}"
+        opened, closed = "{", "}"
+        lines = [_text(value[key], inner, f"{json.dumps(key)}: ") for key in sorted(value)]
+    return f"{indent}{name}{opened}\n" + ",\n".join(lines) + f"\n{indent}{closed}"

@@ -113,11 +113,13 @@ def run_plans(wanted: list[Plan], workdir: pathlib.Path, parallel: int) -> list[
 
 def prepare(config: dict, workdir: pathlib.Path) -> None:
     """Makes the corpora and the backbone of a configuration; the runs find them in the cache."""
-    from tail_jax.run import open_run
+    from data_pipelines.streams import build_stream
+    from tail_jax.run import prepare_backbone
     from tail_jax.train import train
 
     settings.start_jax()
-    open_run(settings.with_checkpoint(config), workdir, pretrain=train)
+    stream = build_stream(settings.stream_spec(config))
+    prepare_backbone(config, stream, workdir, pretrain=train)
 
 
 def write_reports(workdir: pathlib.Path) -> None:
@@ -296,10 +298,10 @@ def main() -> int:
     else:
         wanted = plans(*common, _checked("orders", values.orders), overrides)
         failures = run_plans(wanted, workdir, values.jobs)
-        if any((workdir / plan.name / "results.json").exists() for plan in wanted):
-            write_reports(workdir)
     for failure in failures:
         print(f"failed: {failure.job.name}, {failure.reason}", file=sys.stderr)
+    if not values.tune and any((workdir / p.name / "results.json").exists() for p in wanted):
+        write_reports(workdir)
     return 1 if failures else 0
 
 

@@ -2,8 +2,9 @@
 
 Every figure shows a rate on the test set of each task (pool `own`, index `fresh`), the mean of both
 directions, in percent. A method has the same colour and marker in all of them; methods of one
-family (`tables.FAMILIES`) share the marker. Figures are built without pyplot, so nothing here touches a display or the caller's matplotlib state; matplotlib is
-imported when the first one is drawn.
+family (`tables.FAMILIES`) share the marker. Figures are built without pyplot, so nothing here
+touches a display or the caller's matplotlib state; matplotlib is imported when the first one is
+drawn.
 """
 
 from collections.abc import Mapping, Sequence

@@ -108,7 +108,7 @@ The same numbers, unrounded: [table.csv](table.csv).
 def _seeds(rows) -> str:
     """The seeds of most methods, and who has others."""
     every = [row.seeds for row in rows]
-    usual = max(every, key=every.count)
+    usual = max(every, key=lambda seeds: (every.count(seeds), len(seeds)))
     others = [f"{row.method}: {_join(row.seeds)}" for row in rows if row.seeds != usual]
     return _join(usual) + (f" (but {'; '.join(others)})" if others else "")
 

@@ -193,19 +193,16 @@ def _gibibytes(results: Results) -> float | None:
     return peak / 2**30 if peak else None
 
 
-def _memory(key: str, unit: float = 1) -> Callable[[Results], float | None]:
-    """An entry of "memory", what a method keeps of earlier tasks' data; None without one."""
-
-    def value(results: Results) -> float | None:
-        found = (results.get("memory") or {}).get(key)
-        return None if found is None else found / unit
-
-    return value
+def _kept(results: Results) -> float | None:
+    """Bytes kept of earlier tasks' data; None for nothing, or where a run did not record it."""
+    found = results.get("memory_bytes")
+    return found / 2**20 if found else None
 
 
 def _state(results: Results) -> float | None:
+    """Bytes carried on after the last task; None where a run did not record them by task."""
     found = results.get("state_bytes")
-    return None if found is None else found / 2**20
+    return list(found.values())[-1] / 2**20 if found else None
 
 
 def _difference(value: float, reference: float) -> float:
@@ -237,8 +234,7 @@ COLUMNS = (
     Column("wall time min", _minutes),
     Column("peak memory GiB", _gibibytes, 2),
     Column(f"memory / {REFERENCE}", _gibibytes, 2, against=_ratio),
-    Column("clips kept", _memory("clips"), 0, interval=False, optional=True),
-    Column("MiB kept", _memory("bytes", 2**20), 2, interval=False, optional=True),
+    Column("data kept MiB", _kept, 2, interval=False, optional=True),
     Column("state MiB", _state, 2, interval=False, optional=True),
 )
 # What a README has room for.
@@ -274,7 +270,8 @@ ranked against the query.
 - **time, memory / {REFERENCE}**: ratio seed by seed of the seconds in training steps (compilation
   and teachers included) and of the peak memory of the run. They mean something where runs had the
   machine for themselves.
-- **clips, MiB kept**: of earlier tasks' data; **state MiB**: what a method carries between tasks.
+- **data kept**: of earlier tasks; **state**: all that a method carries on after the last task, its
+  trainable tree, teachers and kept data, without the backbone.
 - **±**: half the width of the 95 % t-interval over seeds; absent for a single seed.
 - **–**: not defined for the method, or not measured.
 """
