@@ -31,6 +31,28 @@ def parse(arg: str | None, **defaults) -> dict:
     return values
 
 
+def arrange(tasks: tuple, order: str, count: int = 0) -> tuple[tuple, tuple]:
+    """(tasks, order) for `config.stream`: the first `count` (0: all) of `tasks` in `order`.
+
+    Args:
+        tasks: dicts with a name, in the order of the paper.
+        order: "paper", "reverse", or all names joined by +.
+
+    Raises:
+        ValueError: if the order is no permutation of the names, or the count is out of range.
+    """
+    names = [task["name"] for task in tasks]
+    chosen = {"paper": names, "reverse": names[::-1]}.get(order, order.split("+"))
+    if sorted(chosen) != sorted(names):
+        raise ValueError(f"config argument order={order}; expected paper, reverse or each of "
+                         f"{', '.join(names)} once, joined by +")
+    if not 0 <= count <= len(names):
+        raise ValueError(f"config argument tasks={count}; expected 0 (all) to {len(names)}")
+    chosen = chosen[:count or None]
+    kept = tuple(task for task in tasks if task["name"] in chosen)
+    return kept, () if order == "paper" else tuple(chosen)
+
+
 def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
                 window_seconds: float, max_tokens: int) -> ConfigDict:
     """The fields of every experiment, with the defaults of the specification."""

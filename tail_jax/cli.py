@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -17,12 +17,33 @@ class UserError(ValueError):
     """Something the user can mend; printed as one line."""
 
 
+# What absl, ml_collections and a configuration file raise while flags are parsed.
+_FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError)
+
+
 def define_config() -> None:
     """The --config flag (a file of `configs/`, with arguments after a colon)."""
     config_flags.DEFINE_config_file(
         "config", None, "Configuration file, e.g. configs/quickstart.py:method=ptat,seed=0; any "
         "field is set by --config.field=value.", lock_config=True)
     flags.mark_flag_as_required("config")
+
+
+def parse_config(arguments: Sequence[str]) -> dict:
+    """The configuration that a command with these --config arguments gets, as plain values.
+
+    Raises:
+        UserError: in one line, as the command would end with.
+    """
+    values, argv = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values,
+                                    sys_argv=argv)
+    try:
+        _check_config_file(argv)
+        values(argv)
+    except _FLAG_ERRORS as error:
+        raise UserError(_flag_message(error, argv)) from None
+    return plain(values.config)
 
 
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
@@ -36,8 +57,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         try:
             _check_config_file(argv)
             rest = flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError,
-                ImportError) as error:
+        except _FLAG_ERRORS as error:
             fail(_flag_message(error, argv))
         if len(rest) > 1:
             fail(f"unexpected argument {rest[1]!r}; flags start with --")

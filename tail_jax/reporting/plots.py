@@ -1,9 +1,10 @@
 """Pictures of the results of several runs, as `tables.group_by_method` groups them.
 
 Every figure shows a rate on the test set of each task (pool `own`, index `fresh`), the mean of both
-directions, in percent. A method has the same colour and marker in all of them. Figures are built
-without pyplot, so nothing here touches a display or the caller's matplotlib state; matplotlib is
-imported when the first one is drawn.
+directions, in percent. A method has the same colour and marker in all of them; methods of one
+family (`tables.FAMILIES`) share the marker. Figures are built without pyplot, so nothing here
+touches a display or the caller's matplotlib state; matplotlib is imported when the first one is
+drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,14 @@ _STYLES = {
     "ptat": ("#0072b2", "o"),
     "joint": ("#000000", "D"),
 }
-_OTHER_COLORS = ("#009e73", "#cc79a7", "#56b4e9", "#6a3d9a", "#7a5230")
-_OTHER_MARKERS = ("v", "P", "<", ">", "p", "h", "*")
-# The floor and the ceiling: one has nothing to forget, the other sees all tasks at once.
-_BOUNDS = ("frozen", "joint")
+_COLORS = ("#009e73", "#cc79a7", "#56b4e9", "#6a3d9a", "#7a5230", "#b2182b", "#4d4d4d", "#a6761d")
+_MARKERS = dict(zip(tables.FAMILIES, "D<vP>p^"))
+# More methods than these do not fit into one axes, or on one page.
+_MOST_CURVES = 9
+_MOST_PANELS = 9
+
+# One has nothing to forget, the other sees all tasks at once.
+_LEVELS = ("frozen", "joint")
 
 _CENTRED = {"ha": "center", "va": "center"}
 
@@ -48,23 +53,41 @@ _SETTINGS = {
 }
 
 
-def plot_matrices(groups: Groups, metric: str, path: str | os.PathLike) -> None:
+def plot_matrices(groups: Groups, metric: str, path: str | os.PathLike) -> list[pathlib.Path]:
     """A panel for each method: its result matrix, tasks across, training progress down.
 
     The means over seeds stand in the cells. Left of the staircase are tasks trained on, right of it
-    tasks to come.
+    tasks to come. More than nine methods take several pages, NAME.png, NAME-2.png, ...
+
+    Returns:
+      the files.
 
     Raises:
       ResultsError: if a run has no matrix of the metric.
     """
+    matrices = {method: _matrix(method, runs, metric) for method, runs in groups.items()}
+    values = [value for rows in matrices.values() for row in rows for value in row]
+    top = 100 * max((value for value in values if value is not None), default=0.0) or 1.0
+    path, count = pathlib.Path(path), -(-len(matrices) // _MOST_PANELS)
+    each = -(-len(matrices) // count)
+    pages = []
+    for number in range(count):
+        some = dict(itertools.islice(matrices.items(), number * each, (number + 1) * each))
+        pages.append(path if not number else path.with_stem(f"{path.stem}-{number + 1}"))
+        _matrices_page(groups, some, metric, top, pages[-1])
+    for number in itertools.count(count + 1):  # of a report on more methods
+        old = path.with_stem(f"{path.stem}-{number}")
+        if not old.exists():
+            return pages
+        old.unlink()
+
+
+def _matrices_page(groups: Groups, matrices, metric: str, top: float, path: pathlib.Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
     tasks = _tasks(groups)
     size = len(tasks)
-    matrices = {method: _matrix(method, runs, metric) for method, runs in groups.items()}
-    values = [value for rows in matrices.values() for row in rows for value in row]
-    top = 100 * max((value for value in values if value is not None), default=0.0) or 1.0
     columns = min(len(matrices), 2 if size > 5 or len(matrices) == 4 else 3)
     lines = -(-len(matrices) // columns)
     cell, font_size = (0.62, 9) if size <= 5 else (0.48, 7.5)
@@ -116,7 +139,8 @@ def plot_curves(groups: Groups, metric: str, path: str | os.PathLike) -> None:
     """Average over the tasks seen so far after each task, with 95 % t-bands over seeds.
 
     Frozen and joint, and every method measured after the last task only, are horizontal lines at
-    their average over all tasks.
+    their average over all tasks. More than nine methods take a panel a family, each with frozen,
+    sequential and joint in it.
 
     Raises:
       ResultsError: if a run has no matrix of the metric.
@@ -125,41 +149,78 @@ def plot_curves(groups: Groups, metric: str, path: str | os.PathLike) -> None:
     from matplotlib.figure import Figure
 
     tasks = _tasks(groups)
-    steps = range(1, len(tasks) + 1)
     styles = _styles(groups)
+    panels = _panels(groups)
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-        axes = figure.subplots()
-        for method, runs in groups.items():
-            color, marker = styles[method]
-            matrices = [_matrix(method, [run], metric) for run in runs]
-            points = [
-                tables.estimate(
-                    [_percent(continual.seen_average(matrix, m)) for matrix in matrices]
-                )
-                for m in steps
-            ]
-            if method in _BOUNDS or None in points:
-                _bound(axes, points[-1], color, f"{method} (all tasks)")
+        figure = Figure(figsize=(8.4 if columns == 1 else 12, 0.4 + 4 * lines),
+                        layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes, (title, methods) in itertools.zip_longest(
+            grid.flat, panels.items(), fillvalue=(None, ())
+        ):
+            if not methods:
+                axes.set_axis_off()
                 continue
-            means = [point.mean for point in points]
-            line = {"color": color, "marker": marker, "linewidth": 2, "markersize": 6.5}
-            axes.plot(steps, means, label=method, **line)
-            if len(runs) > 1:
-                low = [point.mean - point.half_width for point in points]
-                high = [point.mean + point.half_width for point in points]
-                axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        if len(tasks) <= 5:
-            axes.set_xticks(steps, tasks)
-        else:
-            axes.set_xticks(steps, tasks, rotation=35, ha="right", rotation_mode="anchor")
-        axes.set_xlabel("after training on")
-        axes.set_ylabel(f"{metric} (%), average over tasks seen")
-        axes.set_ylim(bottom=0)
-        title = f"{metric} averaged over the tasks seen so far\n{_what(groups, 'bands')}"
-        axes.set_title(title, loc="left")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            for method in methods:
+                _curve(axes, method, groups[method], metric, styles[method], len(tasks))
+            if len(panels) > 1:
+                axes.set_title(title, loc="left", fontweight="bold")
+            rotation = {} if len(tasks) <= 5 and columns == 1 else {
+                "rotation": 25, "ha": "right", "rotation_mode": "anchor"
+            }
+            axes.set_xticks(range(1, len(tasks) + 1), tasks, **rotation)
+            axes.tick_params(labelleft=True)
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"{metric} (%), average over tasks seen")
+        grid[0, 0].set_ylim(bottom=0)
+        figure.supxlabel("after training on", fontsize=10)
+        figure.suptitle(
+            f"{metric} averaged over the tasks seen so far\n{_what(groups, 'bands')}",
+            fontsize=11,
+        )
         _save(figure, path)
+
+
+def _panels(groups: Groups) -> dict[str, list[str]]:
+    """Methods by panel: all in one where they fit, otherwise families, the bounds with each."""
+    if len(groups) <= _MOST_CURVES:
+        return {"": list(groups)}
+    bounds = [method for method in groups if tables.family(method) == tables.BOUNDS]
+    families: dict[str, list[str]] = {}
+    for method in groups:
+        if method not in bounds:
+            families.setdefault(tables.family(method), []).append(method)
+    return {
+        name + (f" ({1 + start // _MOST_CURVES})" if start else ""): [
+            *bounds,
+            *methods[start : start + _MOST_CURVES],
+        ]
+        for name, methods in families.items()
+        for start in range(0, len(methods), _MOST_CURVES)
+    }
+
+
+def _curve(axes, method: str, runs, metric: str, style: tuple[str, str], size: int) -> None:
+    color, marker = style
+    matrices = [_matrix(method, [run], metric) for run in runs]
+    steps = range(1, size + 1)
+    points = [
+        tables.estimate([_percent(continual.seen_average(matrix, m)) for matrix in matrices])
+        for m in steps
+    ]
+    if method in _LEVELS or None in points:
+        _bound(axes, points[-1], color, f"{method} (all tasks)")
+        return
+    means = [point.mean for point in points]
+    line = {"color": color, "marker": marker, "linewidth": 2, "markersize": 6.5}
+    axes.plot(steps, means, label=method, **line)
+    if len(runs) > 1:
+        low = [point.mean - point.half_width for point in points]
+        high = [point.mean + point.half_width for point in points]
+        axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
@@ -169,12 +230,13 @@ def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
     forgetting, a frozen model no trainable parameters) is a dashed horizontal line in its colour.
     """
     import matplotlib
+    from matplotlib import ticker
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     styles = _styles(groups)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(9.6, 4.3), layout="constrained")
+        figure = Figure(figsize=(9.6, max(4.3, 1.2 + 0.22 * len(groups))), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for method, runs in groups.items():
             color, marker = styles[method]
@@ -202,8 +264,10 @@ def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
         left.set_xlabel(f"forgetting of {metric} (points; further left is better)")
         left.set_ylabel(f"{metric} (%), average after the last task")
         right.set_xscale("log")
+        right.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        right.xaxis.set_minor_formatter(ticker.NullFormatter())
         right.set_xlabel("trainable parameters (further left is better)")
-        left.set_ylim(bottom=0)
         figure.suptitle(
             f"{metric} after the last task against what it costs\n{_what(groups, 'bars')}"
         )
@@ -217,9 +281,13 @@ def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
 
 
 def _styles(groups: Groups) -> dict[str, tuple[str, str]]:
-    others = [method for method in groups if method not in _STYLES]
-    looks = zip(itertools.cycle(_OTHER_COLORS), itertools.cycle(_OTHER_MARKERS))
-    return _STYLES | dict(zip(others, looks))
+    """(colour, marker) of every method: colours go round within a family."""
+    styles = dict(_STYLES)
+    for number, name in enumerate(tables.FAMILIES):
+        members = [m for m in groups if tables.family(m) == name and m not in _STYLES]
+        for place, method in enumerate(members):
+            styles[method] = _COLORS[(number + place) % len(_COLORS)], _MARKERS[name]
+    return styles
 
 
 def _tasks(groups: Groups) -> list[str]:

@@ -12,8 +12,21 @@ from scipy import special
 from tail_jax.reporting.writers import ResultsError
 
 DIRECTIONS = ("text_to_audio", "audio_to_text")
-# From the floor to the ceiling; methods that are not named follow by alphabet.
-METHOD_ORDER = ("frozen", "sequential", "prompts", "ptat", "joint")
+# What others are compared with, at the same seed and so on the same backbone.
+REFERENCE = "sequential"
+# Families in the order of rows and pictures, with the beginnings (up to the first _) of their
+# methods' names. `frozen` and `sequential` come first and `joint` last: the floor and the ceiling.
+BOUNDS = "bounds"
+OTHERS = "other methods"
+FAMILIES = {
+    BOUNDS: ("frozen", "sequential", "joint"),
+    "distillation and penalties": ("lwf", "ewc", "modx"),
+    "replay": ("er", "der"),
+    "prompt pools": ("l2p", "dualprompt", "coda", "sprompts"),
+    "low rank and adapters": ("lora", "clap"),
+    OTHERS: (),
+    "shared prompts": ("prompts", "ptat"),
+}
 
 Results = Mapping[str, Any]  # what results.json holds
 Matrix = Sequence[Sequence[float | None]]
@@ -21,7 +34,7 @@ Matrix = Sequence[Sequence[float | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds and half the width of its 95 % t-interval; None for one seed."""
+    """Mean over seeds and half the width of its 95 % t-interval, which one seed has not."""
 
     mean: float
     half_width: float | None = None
@@ -29,10 +42,23 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
+    """A column of the table.
+
+    Attributes:
+      title: with the unit.
+      value: of one run; None where it has none.
+      decimals: shown.
+      interval: False for what is a fact of a setting and not of a seed.
+      against: makes the cell of the value and that of REFERENCE at the same seed, seed by seed.
+      optional: the column is not shown where no run has a value.
+    """
+
     title: str
-    value: Callable[[Results], float | None]  # of one run, in the unit of the title
+    value: Callable[[Results], float | None]
     decimals: int = 1
-    interval: bool = True  # sizes and times are facts of a machine and a setting, not of a seed
+    interval: bool = True
+    against: Callable[[float, float], float | None] | None = None
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +75,9 @@ def group_by_method(runs: Mapping[str, Results]) -> dict[str, list[Results]]:
       runs: results by the name of their folder, which errors mention.
 
     Raises:
-      ResultsError: if there are none, if streams, tasks, orders or backbones differ, if runs of a
-        method have different numbers of trainable parameters, or if a method ran twice with a seed.
+      ResultsError: if there are none, if streams, tasks, orders or the split that was measured
+        differ, or backbones within a seed, if runs of a method have different numbers of trainable
+        parameters, or if a method ran twice with a seed.
     """
     if not runs:
         raise ResultsError("no runs to compare; expected at least one results.json")
@@ -59,7 +86,7 @@ def group_by_method(runs: Mapping[str, Results]) -> dict[str, list[Results]]:
         "stream": lambda results: results["stream"],
         "order": lambda results: results["order"],
         "tasks": lambda results: results["tasks"],
-        "backbone": lambda results: results["backbone"].get("sha256"),
+        "the split that was measured": lambda results: results.get("evaluation_split"),
     }
     for name, results in runs.items():
         for fact, of in facts.items():
@@ -68,6 +95,16 @@ def group_by_method(runs: Mapping[str, Results]) -> dict[str, list[Results]]:
                     f"{first_name} and {name} cannot share a table: {fact} is {of(first)!r} in "
                     f"the one and {of(results)!r} in the other; compare them apart"
                 )
+    backbones: dict[int, tuple[str, str]] = {}
+    for name, results in runs.items():
+        own = str(results["backbone"].get("sha256"))
+        other, found = backbones.setdefault(results["seed"], (name, own))
+        if own != found:
+            raise ResultsError(
+                f"{other} and {name} have seed {results['seed']} and different backbones, "
+                f"{found[:12]} and {own[:12]}; differences between methods would be differences "
+                "between backbones: run them again on one, or compare them apart"
+            )
     groups: dict[str, dict[int, str]] = {}
     for name, results in runs.items():
         method, seed = results["method"], results["seed"]
@@ -85,11 +122,24 @@ def group_by_method(runs: Mapping[str, Results]) -> dict[str, list[Results]]:
                     "compare them apart"
                 )
         seeds[seed] = name
-    ranks = {method: rank for rank, method in enumerate(METHOD_ORDER)}
-    methods = sorted(groups, key=lambda method: (ranks.get(method, len(ranks)), method))
     return {
-        method: [runs[name] for _, name in sorted(groups[method].items())] for method in methods
+        method: [runs[name] for _, name in sorted(groups[method].items())]
+        for method in sorted(groups, key=_rank)
     }
+
+
+def family(method: str) -> str:
+    """The family of FAMILIES that a method belongs to, by the first part of its name."""
+    root = method.split("_")[0]
+    return next((name for name, roots in FAMILIES.items() if root in roots), OTHERS)
+
+
+def _rank(method: str) -> tuple:
+    """Sorts methods: `joint` last, then by family and root, then by alphabet."""
+    name, root = family(method), method.split("_")[0]
+    roots = FAMILIES[name]
+    place = roots.index(root) if root in roots else 0
+    return method == "joint", list(FAMILIES).index(name), place, method
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -132,36 +182,82 @@ def _minutes(results: Results) -> float | None:
     return seconds["total"] / 60 if "total" in seconds else None
 
 
+def _training_minutes(results: Results) -> float | None:
+    """Sum over tasks of the entry "train" of wall_seconds; None where a run did not record it."""
+    seconds = (results.get("wall_seconds") or {}).get("train")
+    return None if seconds is None else math.fsum(seconds.values()) / 60
+
+
 def _gibibytes(results: Results) -> float | None:
     peak = results.get("peak_memory_bytes")
     return peak / 2**30 if peak else None
 
 
+def _kept(results: Results) -> float | None:
+    """Bytes kept of earlier tasks' data; None for nothing, or where a run did not record it."""
+    found = results.get("memory_bytes")
+    return found / 2**20 if found else None
+
+
+def _state(results: Results) -> float | None:
+    """Bytes carried on after the last task; None where a run did not record them by task."""
+    found = results.get("state_bytes")
+    return list(found.values())[-1] / 2**20 if found else None
+
+
+def _difference(value: float, reference: float) -> float:
+    return value - reference
+
+
+def _ratio(value: float, reference: float) -> float | None:
+    return value / reference if reference else None
+
+
 COLUMNS = (
     Column("trainable parameters", lambda run: run["trainable_parameters"], 0, interval=False),
-    Column("share of total %", _share, 2, interval=False),
+    Column("trainable %", _share, 2, interval=False),
     Column("R@1 T→A", rate("R@1", directions=DIRECTIONS[:1])),
     Column("R@1 A→T", rate("R@1", directions=DIRECTIONS[1:])),
     Column("R@1", rate("R@1")),
     Column("R@5", rate("R@5")),
     Column("R@10", rate("R@10")),
     Column("mAP@10", rate("mAP@10")),
+    Column("R@1 incremental", rate("R@1", summary="incremental_average")),
     Column("R@1 union", rate("R@1", "all/fresh")),
     Column("R@1 stale", rate("R@1", "own/stale")),
     Column("forgetting", rate("R@1", summary="forgetting")),
     Column("BWT", rate("R@1", summary="backward_transfer")),
     Column("FWT", rate("R@1", summary="forward_transfer")),
-    Column("wall time min", _minutes, interval=False),
-    Column("peak memory GiB", _gibibytes, 2, interval=False),
+    Column(f"R@1 − {REFERENCE}", rate("R@1"), against=_difference),
+    Column("training min", _training_minutes),
+    Column(f"time / {REFERENCE}", _training_minutes, 2, against=_ratio),
+    Column("wall time min", _minutes),
+    Column("peak memory GiB", _gibibytes, 2),
+    Column(f"memory / {REFERENCE}", _gibibytes, 2, against=_ratio),
+    Column("data kept MiB", _kept, 2, interval=False, optional=True),
+    Column("state MiB", _state, 2, interval=False, optional=True),
+)
+# What a README has room for.
+HEADLINE = (
+    "trainable %",
+    "R@1",
+    "R@10",
+    "mAP@10",
+    "forgetting",
+    f"R@1 − {REFERENCE}",
+    "R@1 union",
+    f"time / {REFERENCE}",
+    f"memory / {REFERENCE}",
 )
 
 # Everything a reader needs to know what a column of the table is.
-LEGEND = """\
+LEGEND = f"""\
 Rates are percent. Each is the average over all tasks after the last one, on the test set of each
 task alone (pool *own*), with galleries embedded by the final model (*fresh*); where no direction is
 named, it is the mean of text-to-audio (T→A) and audio-to-text (A→T). Items with equal scores are
 ranked against the query.
 
+- **R@1 incremental**: mean over steps of the average over the tasks trained on so far.
 - **R@1 union**: the gallery holds the test sets of all tasks.
 - **R@1 stale**: the gallery of a task keeps the embeddings made when that task ended.
 - **forgetting** (R@1): best value of a task from its own step to the last but one, minus the value
@@ -169,6 +265,13 @@ ranked against the query.
   is better.
 - **BWT** (R@1): value after the last step minus the value just after learning the task.
 - **FWT** (R@1): value just before learning the task minus the value before the first.
+- **R@1 − {REFERENCE}**: difference to `{REFERENCE}` seed by seed, which is on the same backbone,
+  with the interval of these differences: narrower than the intervals of the two.
+- **time, memory / {REFERENCE}**: ratio seed by seed of the seconds in training steps (compilation
+  and teachers included) and of the peak memory of the run. They mean something where runs had the
+  machine for themselves.
+- **data kept**: of earlier tasks; **state**: all that a method carries on after the last task, its
+  trainable tree, teachers and kept data, without the backbone.
 - **±**: half the width of the 95 % t-interval over seeds; absent for a single seed.
 - **–**: not defined for the method, or not measured.
 """
@@ -176,22 +279,35 @@ ranked against the query.
 
 def make_rows(groups: Mapping[str, Sequence[Results]]) -> list[Row]:
     """A row for each method of `group_by_method`, a cell for each of COLUMNS."""
+    reference = {results["seed"]: results for results in groups.get(REFERENCE, ())}
     return [
         Row(
             method,
             tuple(results["seed"] for results in runs),
-            tuple(_cell(column, runs) for column in COLUMNS),
+            tuple(_cell(column, runs, reference) for column in COLUMNS),
         )
         for method, runs in groups.items()
     ]
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """GitHub Markdown, padded so that it reads as text too."""
-    lines = [["method", "seeds", *(column.title for column in COLUMNS)]]
+def markdown_table(rows: Sequence[Row], titles: Sequence[str] | None = None) -> str:
+    """GitHub Markdown, padded so that it reads as text too.
+
+    Args:
+      titles: of the columns to show; by default all that are there, and the number of seeds.
+    """
+    shown = [
+        index
+        for index, column in enumerate(COLUMNS)
+        if (titles is None or column.title in titles)
+        and (not column.optional or any(row.cells[index] for row in rows))
+    ]
+    lines = [["method", "seeds", *(COLUMNS[index].title for index in shown)]]
     for row in rows:
-        cells = [_text(cell, column) for cell, column in zip(row.cells, COLUMNS, strict=True)]
+        cells = [_text(row.cells[index], COLUMNS[index]) for index in shown]
         lines.append([row.method, str(len(row.seeds)), *cells])
+    if titles is not None:
+        lines = [[line[0], *line[2:]] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
@@ -239,9 +355,23 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else math.fsum(values) / len(values)
 
 
-def _cell(column: Column, runs: Sequence[Results]) -> Estimate | None:
-    cell = estimate([column.value(results) for results in runs])
-    return cell if cell is None or column.interval else Estimate(cell.mean)
+def _cell(
+    column: Column, runs: Sequence[Results], reference: Mapping[int, Results]
+) -> Estimate | None:
+    values = [column.value(results) for results in runs]
+    if column.against is not None:
+        seeds = [results["seed"] for results in runs]
+        # Over the seeds that both have.
+        pairs = [
+            (value, column.value(reference[seed]))
+            for value, seed in zip(values, seeds, strict=True)
+            if seed in reference
+        ]
+        values = [None if None in pair else column.against(*pair) for pair in pairs]
+    cell = estimate(values)
+    # Of the reference to itself there is no scatter.
+    alone = column.against is not None and runs[0]["method"] == REFERENCE
+    return cell if cell is None or (column.interval and not alone) else Estimate(cell.mean)
 
 
 def _text(cell: Estimate | None, column: Column) -> str:

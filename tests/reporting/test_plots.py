@@ -106,3 +106,42 @@ def test_a_metric_that_was_not_measured_is_named(groups, tmp_path):
     ):
         plots.plot_curves(groups, "MedR", tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
+
+
+def names_of(count):
+    families = ("lwf", "ewc", "er", "l2p", "lora", "zeta", "ptat")
+    return ["frozen", "sequential", "joint", *(f"{families[i % 7]}_{i}" for i in range(count - 3))]
+
+
+def test_many_methods_take_pages_and_fewer_leave_none_behind(drawn, make_results, tmp_path):
+    for count, files in ((25, 3), (10, 2), (9, 1)):
+        groups = tables.group_by_method({name: make_results(name) for name in names_of(count)})
+        pages = plots.plot_matrices(groups, "R@1", tmp_path / "matrices.png")
+        assert len(pages) == files and sorted(tmp_path.iterdir()) == sorted(pages)
+        shown = [
+            panel.get_title() for page in drawn[-files:] for panel in page.axes if panel.get_title()
+        ]
+        assert shown == list(groups)
+        tops = {panel.images[0].norm.vmax for page in drawn[-files:] for panel in page.axes
+                if panel.images}
+        assert len(tops) == 1  # one scale of colours on all pages
+
+
+def test_many_curves_are_drawn_by_family_beside_the_bounds(drawn, make_results, tmp_path):
+    groups = tables.group_by_method({name: make_results(name) for name in names_of(25)})
+    plots.plot_curves(groups, "R@1", tmp_path / "curves.png")
+    panels = [panel for panel in drawn[0].axes if panel.get_title(loc="left")]
+    shown = [[text.get_text().split()[0] for text in panel.get_legend().texts] for panel in panels]
+    assert [panel.get_title(loc="left") for panel in panels] == [*tables.FAMILIES][1:]
+    for panel, names in zip(panels, shown):
+        assert names[:3] == ["frozen", "sequential", "joint"] and len(names) <= 12
+        assert {tables.family(name) for name in names[3:]} == {panel.get_title(loc="left")}
+    assert sorted(name for names in shown for name in names[3:]) == sorted(
+        set(groups) - set(tables.FAMILIES[tables.BOUNDS])
+    )
+
+
+def test_no_two_of_25_methods_look_alike(make_results):
+    groups = tables.group_by_method({name: make_results(name) for name in names_of(25)})
+    styles = plots._styles(groups)
+    assert len({styles[method] for method in groups}) == 25

@@ -23,20 +23,28 @@ def test_cells_equal_the_hand_worked_numbers(make_results):
     (row,) = table_of(make_results())
     expected = {
         "trainable parameters": 50,
-        "share of total %": 100 * 50 / 1050,
+        "trainable %": 100 * 50 / 1050,
         "R@1 T→A": 50.0,
         "R@1 A→T": 50.0,
         "R@1": 50.0,
         "R@5": 52.0,
         "R@10": 54.0,
         "mAP@10": 51.0,
+        # T->A 0.4, 0.5, 0.5; A->T 0.4, 0.5, 0.5: the averages over the tasks seen so far.
+        "R@1 incremental": 100 * (0.4 + 0.5 + 0.5) / 3,
         "R@1 union": 50.0,
         "R@1 stale": None,
         "forgetting": 15.0,
         "BWT": -15.0,
         "FWT": 15.0,
+        "R@1 − sequential": None,
+        "training min": 100 / 60,
+        "time / sequential": None,
         "wall time min": 2.0,
         "peak memory GiB": 3.0,
+        "memory / sequential": None,
+        "data kept MiB": None,
+        "state MiB": None,
     }
     cells = cells_of(row)
     assert cells.keys() == expected.keys()
@@ -60,18 +68,94 @@ def test_a_value_missing_in_one_seed_is_missing_in_the_row():
     assert tables.estimate([0.1, None, 0.3]) is None
 
 
-def test_methods_go_from_floor_to_ceiling_then_by_alphabet(make_results):
-    names = ["zeta", "joint", "alpha", "ptat", "frozen", "prompts", "sequential"]
-    rows = table_of(*(make_results(name) for name in names))
-    assert [row.method for row in rows] == [
-        "frozen",
-        "sequential",
-        "prompts",
-        "ptat",
-        "joint",
-        "alpha",
-        "zeta",
+def test_methods_go_from_floor_to_ceiling_by_family(make_results):
+    expected = ["frozen", "sequential", "lwf_a", "lwf_b", "ewc", "er", "l2p", "lora", "alpha"]
+    expected += ["zeta", "prompts", "ptat", "ptat_plus", "joint"]
+    rows = table_of(*(make_results(name) for name in sorted(expected)))
+    assert [row.method for row in rows] == expected
+
+
+def test_paired_difference_is_over_seeds_and_its_interval_scipys(make_results):
+    """Backbones scatter by 5 points, the two methods move together: the pairs scatter by 0.6."""
+    base, gain = (0.0, 0.05, -0.04), (0.020, 0.030, 0.025)
+    runs = [
+        make_results("sequential", s, shift=base[s], backbone={"sha256": f"{s}"}) for s in range(3)
     ]
+    runs += [
+        make_results("ptat", s, shift=base[s] + gain[s], backbone={"sha256": f"{s}"})
+        for s in range(3)
+    ]
+    sequential, ptat = table_of(*runs)
+    found = cells_of(ptat)["R@1 − sequential"]
+    difference = stats.ttest_rel(
+        [50 + 100 * (a + b) for a, b in zip(base, gain)], [50 + 100 * a for a in base]
+    )
+    low, high = difference.confidence_interval(0.95)
+    assert found.mean == pytest.approx(2.5) == pytest.approx((low + high) / 2)
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert found.half_width < cells_of(ptat)["R@1"].half_width / 5
+    assert cells_of(sequential)["R@1 − sequential"] == tables.Estimate(0.0)
+
+
+def test_pairs_are_formed_over_the_seeds_that_both_have(make_results):
+    runs = [make_results("sequential", s, shift=0.1 * s) for s in (0, 1)]
+    runs += [make_results("ptat", s, shift=0.1 * s + 0.02) for s in (1, 2)]
+    _, ptat = table_of(*runs)
+    assert ptat.seeds == (1, 2)
+    cell = cells_of(ptat)["R@1 − sequential"]
+    assert cell.mean == pytest.approx(2.0) and cell.half_width is None
+
+
+def test_time_and_memory_are_ratios_at_the_same_seed(make_results):
+    """100 s of training against 200 and 50 s: ratios 0.5 and 2, mean 1.25."""
+    runs = [
+        make_results("sequential", s, wall_seconds={"train": {"a": t, "b": t}, "total": 3 * t})
+        for s, t in enumerate((100.0, 25.0))
+    ]
+    runs += [make_results("ptat", s, peak_memory_bytes=6 * 2**30) for s in (0, 1)]
+    sequential, ptat = (cells_of(row) for row in table_of(*runs))
+    assert ptat["time / sequential"].mean == pytest.approx(1.25)
+    assert ptat["time / sequential"].half_width == pytest.approx(12.7062 * 1.06066 / 2**0.5, 1e-4)
+    assert ptat["memory / sequential"] == tables.Estimate(2.0, 0.0)
+    assert sequential["time / sequential"] == sequential["memory / sequential"]
+    assert sequential["time / sequential"] == tables.Estimate(1.0)
+
+
+def test_what_is_kept_is_shown_where_a_method_keeps_something(make_results):
+    plain = table_of(make_results("ptat"))
+    assert "kept" not in tables.markdown_table(plain)
+    rows = table_of(
+        make_results("ptat"),
+        make_results("er", memory_bytes=3 * 2**19, state_bytes={"rain": 2**20, "animals": 2**21}),
+    )
+    header, _, er, ptat = tables.markdown_table(rows).splitlines()
+    names = [cell.strip() for cell in header.split("|")]
+    for line, expected in ((er, ["1.50", "2.00"]), (ptat, ["–"] * 2)):
+        cells = dict(zip(names, [cell.strip() for cell in line.split("|")]))
+        assert [cells[name] for name in ("data kept MiB", "state MiB")] == expected
+
+
+def test_headline_fits_a_readme(make_results):
+    rows = table_of(make_results("sequential"), make_results("ptat", shift=0.01))
+    header, _, _, ptat = tables.markdown_table(rows, tables.HEADLINE).splitlines()
+    names = [cell.strip() for cell in header.split("|")[1:-1]]
+    assert set(names) == {"method", *tables.HEADLINE} and len(names) == 10
+    cells = dict(zip(names, [cell.strip() for cell in ptat.split("|")[1:-1]]))
+    assert (cells["R@1"], cells["R@1 − sequential"]) == ("51.0", "1.0")
+
+
+def test_every_seed_may_have_a_backbone_of_its_own(make_results):
+    runs = {
+        f"{method}{seed}": make_results(method, seed, backbone={"sha256": f"{seed}"})
+        for method in ("frozen", "ptat")
+        for seed in (0, 1)
+    }
+    assert [len(runs) for runs in tables.group_by_method(runs).values()] == [2, 2]
+    runs["ptat1"] = make_results("ptat", 1, backbone={"sha256": "0"})
+    with pytest.raises(
+        ResultsError, match="frozen1 and ptat1 have seed 1 and different backbones, 1 and 0"
+    ):
+        tables.group_by_method(runs)
 
 
 def test_markdown_shows_percent_with_one_decimal_and_intervals(make_results):
@@ -81,7 +165,7 @@ def test_markdown_shows_percent_with_one_decimal_and_intervals(make_results):
     cells = dict(zip([c.strip() for c in header.split("|")], [c.strip() for c in row.split("|")]))
     assert cells["R@1"] == "50.5 ± 6.4"
     assert (cells["method"], cells["seeds"], cells["trainable parameters"]) == ("ptat", "2", "50")
-    assert (cells["share of total %"], cells["R@1 stale"]) == ("4.76", "–")
+    assert (cells["trainable %"], cells["R@1 stale"]) == ("4.76", "–")
     assert len(header) == len(rule) == len(row)
 
 
@@ -115,7 +199,11 @@ def test_csv_is_not_rounded(make_results):
         ),
         ({"order": [2, 1, 0]}, r"order is \[0, 1, 2\] in the one and \[2, 1, 0\]"),
         ({"tasks": ["a", "b", "c"]}, "tasks is"),
-        ({"backbone": {"sha256": "cd" * 32}}, "backbone is 'abab.* in the one and 'cdcd"),
+        (
+            {"method": "frozen", "seed": 0, "backbone": {"sha256": "cd" * 32}},
+            "run0 and run1 have seed 0 and different backbones, abab.* and cdcd",
+        ),
+        ({"evaluation_split": "valid"}, "split that was measured is None in the one and 'valid'"),
         ({"trainable_parameters": 60}, "both ptat, with 50 and 60 trainable parameters"),
         ({"seed": 0}, "run0 and run1 are both ptat with seed 0"),
     ],
