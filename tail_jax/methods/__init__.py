@@ -17,6 +17,7 @@ from tail_jax.methods.lora import Lora, LoraDistilled
 from tail_jax.methods.lwf import LwFFeature, LwFSimilarity
 from tail_jax.methods.modx import ModX
 from tail_jax.methods.ptat import PTAT, Prompts
+from tail_jax.methods.ptat_plus import PTATPlus
 from tail_jax.methods.replay import DarkReplay, Replay
 from tail_jax.methods.sprompts import SPrompts
 from tail_jax.tuning.prompts import PromptConfig
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "prompts": Prompts,
     "ptat": PTAT,
+    "ptat_plus": PTATPlus,
     "lwf_feature": LwFFeature,
     "lwf_similarity": LwFSimilarity,
     "ewc": EWC,

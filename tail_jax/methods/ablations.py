@@ -1,7 +1,7 @@
-"""PTAT with one thing changed: names for the comparisons that say what each part is good for.
+"""PTAT or PTAT-plus with one thing changed: names for the comparisons that say what each part is good for.
 
-Each is PTAT (or full fine-tuning) with other defaults, so that a benchmark can name it. Settings
-that depend on the depth of the towers, such as `prompts.first_layer`, have no name of their own.
+Each is PTAT, PTAT-plus or full fine-tuning with other defaults, so that a benchmark can name it.
+Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from tail_jax.methods.base import Method
 from tail_jax.methods.distillation import Distilled
 from tail_jax.methods.full import Sequential
 from tail_jax.methods.ptat import PTAT
+from tail_jax.methods.ptat_plus import PTATPlus
 from tail_jax.tuning.prompts import PromptConfig
 
 
@@ -20,26 +22,28 @@ class SequentialDistilled(Distilled, Sequential):
     """Full fine-tuning with PTAT's distillation: the teacher is a copy of the whole model."""
 
 
-def _ptat(what: str, **defaults: Any) -> type[PTAT]:
-    """PTAT with other defaults."""
+def _variant(base: type[Method], what: str, **defaults: Any) -> type[Method]:
+    """`base` with other defaults."""
     fields = [(name, type(value), dataclasses.field(default=value))
               for name, value in defaults.items()]
     return dataclasses.make_dataclass(
-        "PTAT" + "".join(word.title() for word in what.split()), fields, bases=(PTAT,),
-        frozen=True, namespace={"__doc__": f"PTAT, {what}.", "__module__": __name__})
+        base.__name__ + "".join(word.title() for word in what.split()), fields, bases=(base,),
+        frozen=True, namespace={"__doc__": f"{base.__name__}, {what}.", "__module__": __name__})
 
 
 ABLATIONS = {
     "sequential_distil": SequentialDistilled,
-    "ptat_similarity_only": _ptat("similarity only", feature_weight=0.0),
-    "ptat_feature_only": _ptat("feature only", similarity_weight=0.0),
-    "ptat_cross_time": _ptat("cross time", similarity_form="cross_time"),
-    "ptat_feature_cosine": _ptat("feature cosine", feature_form="cosine"),
-    "ptat_uncoupled": _ptat("uncoupled", prompts=PromptConfig(coupling="independent")),
-    "ptat_prefix_only": _ptat("prefix only", prompts=PromptConfig(text_side="prefix")),
-    "ptat_suffix_only": _ptat("suffix only", prompts=PromptConfig(text_side="suffix")),
-    "ptat_length_8": _ptat("length 8", prompts=PromptConfig(length=8)),
-    "ptat_length_16": _ptat("length 16", prompts=PromptConfig(length=16)),
-    "ptat_shallow": _ptat("shallow", prompts=PromptConfig(depth="shallow")),
-    "ptat_heads_frozen": _ptat("heads frozen", train_heads=False, train_scale=False),
+    "ptat_similarity_only": _variant(PTAT, "similarity only", feature_weight=0.0),
+    "ptat_feature_only": _variant(PTAT, "feature only", similarity_weight=0.0),
+    "ptat_cross_time": _variant(PTAT, "cross time", similarity_form="cross_time"),
+    "ptat_uncoupled": _variant(PTAT, "uncoupled", prompts=PromptConfig(coupling="independent")),
+    "ptat_length_8": _variant(PTAT, "length 8", prompts=PromptConfig(length=8)),
+    "ptat_shallow": _variant(PTAT, "shallow", prompts=PromptConfig(depth="shallow")),
+    "ptat_heads_frozen": _variant(PTAT, "heads frozen", train_heads=False, train_scale=False),
+    "ptat_plus_hard": _variant(PTATPlus, "hard routing", hard=True),
+    "ptat_plus_final": _variant(PTATPlus, "routed by final embeddings", route="final"),
+    "ptat_plus_warm": _variant(PTATPlus, "warm start", warm_start=True),
+    "ptat_plus_rank_1": _variant(PTATPlus, "rank 1", rank=1, alpha=1.0),
+    "ptat_plus_prompts": _variant(PTATPlus, "prompts only", rank=0, head_rank=0,
+                                  prompts=PromptConfig(length=8, coupling="independent")),
 }

@@ -11,14 +11,14 @@ from tail_jax.tuning.lora import DENSE, init_lora, lora_tuning
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Tuned):
-    """One low-rank update of attention's projections for all tasks (`tuning/lora.py`).
+    """One low-rank update of dense layers for all tasks (`tuning/lora.py`).
 
         x W  ->  x W + (alpha / r) x a b
 
     Attributes:
         rank: r.
         alpha: of the scale alpha / r.
-        layers: the projections, some of query, key, value and out.
+        layers: the dense layers of a block, some of `tuning.lora.DENSE`.
     """
 
     rank: int = 4
