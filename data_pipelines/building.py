@@ -1,0 +1,382 @@
+"""A listed corpus -> a caption folder of 16-bit FLAC, and TFDS records of it, through Apache Beam.
+
+    FOLDER/audio/ab/abcdef....flac   one file a clip: mono, 16 bit, at one rate
+    FOLDER/metadata.csv              what training reads (`corpora.folder`), with the published ids
+    FOLDER/1.0.0/                    the same as TFDS records: captions, names, lengths
+    FOLDER/report.csv                the clips that are not there, and why
+    FOLDER/build.json                what it was built with
+
+Audio is in files and not in the records, because training seeks in it (a chunk of a long clip, in
+any order) and because records go through Beam's shuffle, which the direct runner holds in memory: a
+few hundred bytes a clip instead of a megabyte. Files make it resumable too: each is written aside
+and renamed, and one that is there, whole and no older than its source is not written again.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import soundfile
+
+from data_pipelines import load_tensorflow
+from data_pipelines.audio import AudioError, read_blocks
+from data_pipelines.corpora import SPLIT_NAMES
+from data_pipelines.corpora.folder import COLUMNS
+from data_pipelines.corpora.sources import SourceClip
+
+VERSION = "1.0.0"
+_TASKS = "clips.jsonl"
+_TELL_SECONDS = 60.0
+_PROBLEM = ".problem"
+_ASIDE = ".tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A clip that was not built, and why."""
+
+    clip: SourceClip
+    reason: str
+
+
+def audio_name(clip_id: str) -> str:
+    """Returns where the audio of a clip lies in the folder.
+
+    A hash: ids hold spaces and letters of all alphabets, those of YouTube differ by case alone
+    (which some file systems do not see), and 108,000 files want more than one folder.
+    """
+    name = hashlib.sha1(clip_id.encode()).hexdigest()
+    return f"audio/{name[:2]}/{name}.flac"
+
+
+def load_beam():
+    """Returns the `apache_beam` module.
+
+    Raises:
+      ImportError: it is not installed; says what to do.
+    """
+    try:
+        import apache_beam
+    except ImportError as error:
+        raise ImportError(
+            "building corpora needs Apache Beam, which training does not: "
+            "pip install 'tail_jax[corpora]' or launch/install.sh corpora"
+        ) from error
+    return apache_beam
+
+
+def beam_options(arguments: Sequence[str], workers: int):
+    """Returns (options, runner) from Beam's own arguments, e.g. ["--runner=FlinkRunner"].
+
+    Without a runner it is the direct one of Python, in this process, with `workers` threads:
+    decoding, resampling and encoding leave Python's lock.
+    """
+    load_beam()
+    from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+    local = ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"]
+    options = PipelineOptions([*local, *arguments])
+    if options.view_as(StandardOptions).runner:
+        return options, None
+    # By default Beam would try to download a runner written in Go.
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+    return options, FnApiRunner()
+
+
+def write_clip(clip: SourceClip, folder: str, rate: int) -> None:
+    """Writes the audio of a clip to `folder`, or a note why that cannot be done.
+
+    Samples are round(32768 x), cut to 16 bit, of the mean of the channels at `rate` Hz. Nothing is
+    done where the file is there and no older than its source, or where the source is gone.
+
+    Raises:
+      RuntimeError: the file cannot be written (libsndfile's error).
+    """
+    target = pathlib.Path(folder, audio_name(clip.id))
+    if _is_built(target, rate, clip.audio) or clip.audio is None:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path in (target, target.with_suffix(_PROBLEM)):
+        path.unlink(missing_ok=True)
+    aside = target.with_suffix(f".{uuid.uuid4().hex}{_ASIDE}")
+    try:
+        if not os.path.getsize(clip.audio):
+            raise AudioError(f"{clip.audio}: no samples, the file has 0 bytes")
+        with soundfile.SoundFile(aside, "w", rate, 1, "PCM_16", format="FLAC") as file:
+            for block in read_blocks(clip.audio, rate):
+                scaled = np.rint(block.astype(np.float64) * 32768)
+                file.write(np.clip(scaled, -32768, 32767).astype(np.int16))
+        os.replace(aside, target)
+    except AudioError as error:
+        _write_aside(target.with_suffix(_PROBLEM), str(error))
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def build(
+    name: str,
+    clips: Sequence[SourceClip],
+    data_dir,
+    rate: int,
+    settings: dict,
+    description: str,
+    beam_arguments: Sequence[str] = (),
+    workers: int = 2,
+) -> tuple[dict[str, list[int]], list[Skipped]]:
+    """Builds `data_dir`/`name`; begun before, it is gone on with.
+
+    Args:
+      name: of the corpus.
+      clips: all clips of the metadata, those without audio included.
+      data_dir: where corpora are built.
+      rate: of the audio, Hz.
+      settings: what decides which clips there are; part of `build.json`.
+      description: of the corpus, for TFDS.
+      beam_arguments, workers: as in `beam_options`; other runners must see `data_dir` under the
+        same path.
+
+    Returns:
+      counts: {split: [clips built, clips of the metadata]}.
+      skipped: the other clips, in the order of the metadata.
+
+    Raises:
+      ValueError: the folder was built with another rate or other settings, or no clip could be
+        built.
+      OSError: audio cannot be written.
+      ImportError: Beam is not installed.
+    """
+    options, runner = beam_options(beam_arguments, workers)
+    folder = pathlib.Path(os.path.abspath(data_dir)) / name
+    _check_settings(folder, {"corpus": name, "rate": rate, **settings})
+    _remove_leftovers(folder)
+    lines = (json.dumps(dataclasses.asdict(clip)) for clip in clips)
+    _write_aside(folder / _TASKS, "".join(f"{line}\n" for line in lines))
+    _write_audio(folder, rate, len(clips), options, runner)
+    built, skipped = _outcome(clips, folder)
+    if not built:
+        first = skipped[0].reason if skipped else "its metadata is empty"
+        raise ValueError(f"{name}: none of {len(clips)} clips could be built; the first: {first}")
+    _write_records(name, folder, {clip.split for clip in built}, description, options, runner)
+    _write_table(
+        folder / "metadata.csv",
+        [*COLUMNS, "id"],
+        (
+            [audio_name(clip.id), caption, clip.label, clip.group, clip.split, clip.id]
+            for clip in built
+            for caption in clip.captions
+        ),
+    )
+    write_report(folder / "report.csv", skipped)
+    (folder / _TASKS).unlink()
+    return _count(clips, skipped), skipped
+
+
+def write_report(path, skipped: Sequence[Skipped]) -> None:
+    """Writes the table of the clips that were not built."""
+    rows = ([s.clip.split, s.clip.id, s.clip.audio or "", s.reason] for s in skipped)
+    _write_table(path, ["split", "id", "source", "reason"], rows)
+
+
+def _outcome(
+    clips: Sequence[SourceClip], folder: pathlib.Path
+) -> tuple[list[SourceClip], list[Skipped]]:
+    """Returns the clips whose audio lies in the folder, and the others."""
+    built, skipped = [], []
+    for clip in clips:
+        target = folder / audio_name(clip.id)
+        problem = target.with_suffix(_PROBLEM)
+        if target.is_file():
+            built.append(clip)
+        elif clip.audio is not None and problem.is_file():
+            skipped.append(Skipped(clip, problem.read_text(encoding="utf-8")))
+        else:
+            skipped.append(Skipped(clip, "missing: no audio file in the source folder"))
+    return built, skipped
+
+
+def _count(clips: Sequence[SourceClip], skipped: Sequence[Skipped]) -> dict[str, list[int]]:
+    counts = {split: [0, 0] for split in SPLIT_NAMES}
+    for clip in clips:
+        counts[clip.split][0] += 1
+        counts[clip.split][1] += 1
+    for one in skipped:
+        counts[one.clip.split][0] -= 1
+    return counts
+
+
+# --- Beam ------------------------------------------------------------------------------------
+
+
+def _write_audio(folder: pathlib.Path, rate: int, total: int, options, runner) -> None:
+    beam = load_beam()
+    try:
+        with _counting(folder, total), beam.Pipeline(options=options, runner=runner) as pipeline:
+            (
+                pipeline
+                | beam.io.ReadFromText(str(folder / _TASKS))
+                | beam.Map(_parse_clip)
+                | beam.Reshuffle()  # else one worker has all clips of the one file
+                | beam.Map(write_clip, folder=str(folder), rate=rate)
+            )
+    except RuntimeError as error:  # the direct runner's, with the text of the worker's traceback
+        raise OSError(f"audio cannot be written: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _write_records(
+    name: str, folder: pathlib.Path, splits: set[str], description: str, options, runner
+) -> None:
+    load_tensorflow()
+    import tensorflow_datasets as tfds
+
+    tasks = str(folder / _TASKS)
+
+    # Made here, because TFDS and with it TensorFlow are imported by those alone who build. Not
+    # registered: what was built is opened by its files.
+    class Recordings(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """TFDS builder of a corpus whose audio is written."""
+
+        VERSION = tfds.core.Version(globals()["VERSION"])
+
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(doc="of the published metadata"),
+                "file_name": tfds.features.Text(doc="of the audio, beside the folder of records"),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "label": tfds.features.Text(),
+                "group": tfds.features.Text(),
+                "samples": tfds.features.Scalar(np.int64),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=description,
+                features=tfds.features.FeaturesDict(features),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in SPLIT_NAMES if split in splits}
+
+        def _generate_examples(self, split):
+            beam = load_beam()
+            return (
+                beam.io.ReadFromText(tasks)
+                | beam.Map(_parse_clip)
+                | beam.FlatMap(_examples, folder=str(folder), split=split)
+            )
+
+    Recordings.name = name
+    config = tfds.download.DownloadConfig(
+        # Clips may have come since: records are written anew.
+        download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS,
+        compute_stats=tfds.download.ComputeStatsMode.SKIP,
+        try_download_gcs=False,
+        beam_options=options,
+        beam_runner=runner,
+    )
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it downloads
+        builder = Recordings(data_dir=folder.parent)
+        builder.download_and_prepare(download_dir=folder / "downloads", download_config=config)
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+
+
+def _parse_clip(line: str) -> SourceClip:
+    values = json.loads(line)
+    return SourceClip(**values | {"captions": tuple(values["captions"])})
+
+
+def _examples(clip: SourceClip, folder: str, split: str) -> Iterator[tuple[str, dict]]:
+    path = os.path.join(folder, audio_name(clip.id))
+    if clip.split == split and os.path.isfile(path):
+        yield clip.id, {
+            "id": clip.id,
+            "file_name": audio_name(clip.id),
+            "captions": list(clip.captions),
+            "label": clip.label,
+            "group": clip.group,
+            "samples": soundfile.info(path).frames,
+        }
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def _is_built(target: pathlib.Path, rate: int, source: str | None) -> bool:
+    try:
+        info = soundfile.info(str(target))
+    except soundfile.LibsndfileError:
+        return False
+    newer = source is not None and os.path.getmtime(source) > target.stat().st_mtime
+    return info.samplerate == rate and info.frames > 0 and not newer
+
+
+def _check_settings(folder: pathlib.Path, settings: dict) -> None:
+    path = folder / "build.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changes = [
+            f"{key} was {before.get(key)!r}, is {settings.get(key)!r}"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if changes:
+            raise ValueError(
+                f"{folder} was built with other settings: {'; '.join(changes)}. Use another "
+                "data_dir, or remove this folder"
+            )
+    _write_aside(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a build that was killed had begun."""
+    for path in [*folder.glob(f"audio/*/*{_ASIDE}"), *folder.glob(f"*{_ASIDE}")]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(f"*{VERSION}*"):
+        if path.name != VERSION:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _counting(folder: pathlib.Path, total: int):
+    """Tells on stderr now and then how many clips are there: a runner is silent for hours."""
+    done = threading.Event()
+
+    def tell():
+        while not done.wait(_TELL_SECONDS):
+            written = sum(1 for _ in folder.glob("audio/*/*.flac"))
+            print(f"{folder.name}: audio of {written:,} of {total:,} clips", file=sys.stderr)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _write_table(path: pathlib.Path, header: Sequence[str], rows) -> None:
+    aside = path.with_suffix(_ASIDE)
+    with open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(aside, path)
+
+
+def _write_aside(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{uuid.uuid4().hex}{_ASIDE}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
