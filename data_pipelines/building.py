@@ -112,8 +112,7 @@ def write_clip(clip: SourceClip, folder: str, rate: int) -> None:
         path.unlink(missing_ok=True)
     aside = target.with_suffix(f".{uuid.uuid4().hex}{_ASIDE}")
     try:
-        if not os.path.getsize(clip.audio):
-            raise AudioError(f"{clip.audio}: no samples, the file has 0 bytes")
+        _check_size(clip.audio)
         with soundfile.SoundFile(aside, "w", rate, 1, "PCM_16", format="FLAC") as file:
             for block in read_blocks(clip.audio, rate):
                 scaled = np.rint(block.astype(np.float64) * 32768)
@@ -157,9 +156,9 @@ def build(
       OSError: audio cannot be written.
       ImportError: Beam is not installed.
     """
-    options, runner = beam_options(beam_arguments, workers)
     folder = pathlib.Path(os.path.abspath(data_dir)) / name
     _check_settings(folder, {"corpus": name, "rate": rate, **settings})
+    options, runner = beam_options(beam_arguments, workers)
     _remove_leftovers(folder)
     lines = (json.dumps(dataclasses.asdict(clip)) for clip in clips)
     _write_aside(folder / _TASKS, "".join(f"{line}\n" for line in lines))
@@ -310,6 +309,19 @@ def _examples(clip: SourceClip, folder: str, split: str) -> Iterator[tuple[str, 
 
 
 # --- Files -----------------------------------------------------------------------------------
+
+
+def _check_size(path: str) -> None:
+    """Raises AudioError for an empty file, and for a WAV that was cut, which libsndfile accepts."""
+    size = os.path.getsize(path)
+    if not size:
+        raise AudioError(f"{path}: no samples, the file has 0 bytes")
+    with open(path, "rb") as file:
+        head = file.read(12)
+    told = 8 + int.from_bytes(head[4:8], "little")
+    # 0xFFFFFFFF: written to a pipe, length unknown. A last odd byte may be unpadded.
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size + 1 < told < 1 << 32:
+        raise AudioError(f"{path}: truncated, {size} of {told} bytes")
 
 
 def _is_built(target: pathlib.Path, rate: int, source: str | None) -> bool:

@@ -70,8 +70,7 @@ class AudioFiles:
             for name in sorted(names):
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in AUDIO_SUFFIXES:
-                    key = unicodedata.normalize("NFC", stem)
-                    self._paths.setdefault(key, []).append(os.path.join(folder, name))
+                    self._paths.setdefault(_composed(stem), []).append(os.path.join(folder, name))
 
     def find(
         self, stems: Iterable[str], folders: Sequence[str] = (), elsewhere: bool = True
@@ -84,7 +83,7 @@ class AudioFiles:
           elsewhere: whether a file below none of them counts.
         """
         for stem in stems:
-            found = self._paths.get(unicodedata.normalize("NFC", stem), ())
+            found = self._paths.get(_composed(stem), ())
             ranked = sorted((not self._is_below(path, folders), _preference(path)) for path in found)
             if ranked and (elsewhere or not ranked[0][0]):
                 return ranked[0][1][1]
@@ -92,6 +91,10 @@ class AudioFiles:
 
     def _is_below(self, path: str, folders: Sequence[str]) -> bool:
         return not set(folders).isdisjoint(pathlib.Path(path).relative_to(self.root).parts[:-1])
+
+
+def _composed(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _preference(path: str) -> tuple[int, str]:

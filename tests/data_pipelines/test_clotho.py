@@ -41,9 +41,14 @@ def test_names_are_found_composed_or_not_and_without_their_leading_space(tmp_pat
     assert all(clip.audio is None for clip in clips[2:])
 
 
+def test_a_row_told_twice_is_one_clip(tmp_path):
+    tables = layouts.clotho_rows()
+    tables["development"] += [tables["development"][0], ["b.wav", *"12345"]]
+    layouts.write_clotho_tables(tmp_path, tables)
+    assert len(read_clotho(tmp_path).clips) == 10
+
+
 @pytest.mark.parametrize("part, row, message", [
-    ("development", ["b.wav", *"12345"], None),  # the name of another table
-    ("development", layouts.clotho_rows()["development"][0], None),  # a row told twice
     ("development", ["Café №1.wav", *"12345"], "'Café №1.wav' had other captions before"),
     ("evaluation", layouts.clotho_rows()["validation"][1], "with these captions is in validation"),
     ("evaluation", ["x.wav", "1", "2", "", "4", " "], "no caption_3, caption_5"),
@@ -53,9 +58,6 @@ def test_rows_against_the_layout_are_told(tmp_path, part, row, message):
     tables = layouts.clotho_rows()
     tables[part].append(row)
     layouts.write_clotho_tables(tmp_path, tables)
-    if message is None:
-        assert len(read_clotho(tmp_path).clips) in (9, 10)
-        return
     with pytest.raises(ValueError, match=message):
         read_clotho(tmp_path)
 
