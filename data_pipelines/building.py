@@ -264,7 +264,8 @@ def _write_records(
             )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in SPLIT_NAMES if split in splits}
+            chosen = [split for split in SPLIT_NAMES if split in splits]
+            return {split: self._generate_examples(split) for split in chosen}
 
         def _generate_examples(self, split):
             beam = load_beam()

@@ -37,6 +37,10 @@ def read_folder(root, name: str | None = None, labels: Sequence[str] | None = No
         raise FileNotFoundError(
             f"caption folder '{root}' does not exist; expected a folder with metadata.csv and audio"
         )
+    if not table.is_file() and (root / "build.json").is_file():
+        raise FileNotFoundError(
+            f"corpus '{root}' is not built to its end; give the command that began it again"
+        )
     if not table.is_file():
         found = sorted(path.name for path in root.iterdir())[:10]
         raise FileNotFoundError(

@@ -84,7 +84,9 @@ class AudioFiles:
         """
         for stem in stems:
             found = self._paths.get(_composed(stem), ())
-            ranked = sorted((not self._is_below(path, folders), _preference(path)) for path in found)
+            ranked = sorted(
+                (not self._is_below(path, folders), _preference(path)) for path in found
+            )
             if ranked and (elsewhere or not ranked[0][0]):
                 return ranked[0][1][1]
         return None

@@ -1,8 +1,8 @@
 """Two parts of WavCaps: BBC Sound Effects and the strongly labelled part of AudioSet (AudioSet-SL).
 
 As on https://huggingface.co/datasets/cvssp/WavCaps, archives unpacked: `bbc_final.json`,
-`as_final.json` ({"num_captions_per_audio": 1, "data": [{"id", "caption", ...}]}), and one audio file
-an entry, named by its id. They have no splits; these are ours (`split_by_hash`).
+`as_final.json` ({"num_captions_per_audio": 1, "data": [{"id", "caption", ...}]}), and one audio
+file an entry, named by its id. They have no splits; these are ours (`split_by_hash`).
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def split_by_hash(
 
 
 def normalise_id(corpus: str, name: str) -> str:
-    """Returns an id without the suffix of a file; for AudioSet, without the `Y` before a YouTube id."""
+    """Returns an id without the suffix of a file and, for AudioSet, without YouTube's `Y`."""
     name = drop_suffix(name.strip())
     return name[1:] if corpus == "audioset_sl" and len(name) == 12 and name[0] == "Y" else name
 

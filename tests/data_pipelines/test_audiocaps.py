@@ -86,7 +86,7 @@ def test_version_2_has_its_own_folder_and_any_number_of_captions(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t["train"].append([1, layouts.video(0), 0, "another"]), "has 2 captions, expected 1"),
+    (lambda t: t["train"].append([1, layouts.video(0), 0, "b"]), "has 2 captions, expected 1"),
     (lambda t: t["val"].pop(), "has 4 captions, expected 5"),
     (lambda t: t["test"].append([1, layouts.video(0), 0, "x"]), "at 0 s is in train.csv too"),
     (lambda t: t["train"].append([1, layouts.video(20), "1:30", "x"]), "start_time is '1:30'"),
