@@ -221,12 +221,14 @@ def test_clips_that_cannot_be_read_are_told_with_the_reason(tmp_path):
     assert sorted(records(tmp_path / "built", "odd")) == ["clip 0", "clip 6"]
 
 
-def test_a_second_build_adds_what_has_come_and_writes_nothing_twice(tmp_path):
+def test_a_second_build_adds_what_has_come_and_writes_nothing_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(building, "_TELL_SECONDS", 0.01)
     clips = tones(tmp_path, 10, 0.3, split="train")
     aside = {i: pathlib.Path(clips[i].audio).read_bytes() for i in (2, 7)}
     partly = [SourceClip(c.id, c.split, c.captions, None if i in aside else c.audio)
               for i, c in enumerate(clips)]  # fmt: skip
     assert len(build("late", partly, tmp_path / "built")[1]) == 2
+    assert " of 10 clips" in capsys.readouterr().err
     folder = tmp_path / "built" / "late"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("audio/*/*")}
     # A source that was repaired since is read again.
@@ -269,6 +271,22 @@ def test_without_beam_the_error_says_what_to_install(tmp_path, monkeypatch):
         build("one", tones(tmp_path, 1, 0.1), tmp_path / "built")
 
 
+def test_clips_that_a_runner_loses_are_an_error(tmp_path, monkeypatch):
+    clips = tones(tmp_path, 3, 0.1, split="train")
+    write = building.write_clips
+    monkeypatch.setattr(building, "write_clips", lambda batch, **settings: write(
+        [clip for clip in batch if clip.id != "clip 1"], **settings))  # fmt: skip
+    with pytest.raises(OSError, match="ended without 1 of 3 clips, the first 'clip 1'; start again"):
+        build("lost", clips, tmp_path / "built")
+    monkeypatch.undo()
+    examples = building._examples
+    monkeypatch.setattr(building, "_examples", lambda clip, **settings: (
+        examples(clip, **settings) if clip.id != "clip 2" else ()))  # fmt: skip
+    with pytest.raises(OSError, match="wrote records of {'train': 2} of {'train': 3} clips"):
+        build("lost", clips, tmp_path / "built")
+    assert not (tmp_path / "built" / "lost" / "metadata.csv").exists()
+
+
 def start_building(*arguments):
     """This file as a program, which can be killed and measured."""
     environment = os.environ | {"PYTHONPATH": f"{FOLDER}:{FOLDER.parents[1]}"}
@@ -300,11 +318,11 @@ def test_killed_half_way_and_started_again_it_ends_with_the_same_files(tmp_path)
     assert len(records(tmp_path / "resumed", "killed")) == number
 
 
-def peak_megabytes(tmp_path, *numbers):
-    """Peaks of one process after building corpora of so many clips of 3 s, two workers."""
+def peak_megabytes(tmp_path, *numbers, beam=()):
+    """Peaks of one process and its own after building corpora of so many clips of 3 s."""
     names = [f"of{number}" for number in numbers]
     process = start_building(tmp_path / "source", tmp_path / "built", "+".join(names),
-                             "+".join(map(str, numbers)), "train")  # fmt: skip
+                             "+".join(map(str, numbers)), "train", *beam)  # fmt: skip
     output = process.communicate(timeout=500)[0]
     assert process.returncode == 0
     return [float(line) for line in output.split()]
@@ -318,17 +336,22 @@ def test_memory_does_not_grow_with_the_audio(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_is_flat_from_500_to_2000_clips(tmp_path):
+@pytest.mark.parametrize("beam", [
+    (), ("--direct_running_mode=multi_processing", "--direct_num_workers=2")])  # fmt: skip
+def test_memory_is_flat_from_500_to_2000_clips_on_two_workers(tmp_path, beam):
     tones(tmp_path / "source", 2000, 3.0)
-    (small,), (large,) = peak_megabytes(tmp_path, 500), peak_megabytes(tmp_path, 2000)
+    (small,), (large,) = (peak_megabytes(tmp_path, n, beam=beam) for n in (500, 2000))
     print(f"\npeak memory: 500 clips {small:.0f} MB, 2,000 clips {large:.0f} MB")
     # The audio of 1,500 more clips is 432 MB in 16 bit, 864 MB as decoded.
     assert large - small < 50
 
 
 if __name__ == "__main__":
-    source, data_dir, names, numbers, split = sys.argv[1:]
+    source, data_dir, names, numbers, split, *beam = sys.argv[1:]
     for name, number in zip(names.split("+"), map(int, numbers.split("+"))):
         rate = 16000 if name == "killed" else 48000
-        building.build(name, listed(source, number, split), data_dir, rate, {}, "A test.")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+        clips = listed(source, number, split)
+        building.build(name, clips, data_dir, rate, {}, "A test.", beam, workers=2)
+        peaks = (resource.getrusage(w).ru_maxrss / 1024
+                 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
+        print(sum(peaks), flush=True)
