@@ -21,6 +21,7 @@ from absl import app, flags
 
 from data_pipelines import building, progress
 from data_pipelines.audio import header_length
+from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.corpora.published import CORPORA, Published, built_name
 from data_pipelines.corpora.sources import Listing, SourceClip
 from data_pipelines.corpora.wavcaps import OVERLAPS
@@ -80,7 +81,7 @@ def report(name: str, listing: Listing, seconds: tuple[float, float]) -> int:
 
     Files are opened but not decoded.
     """
-    counts = {split: [0, 0] for split in building.SPLIT_NAMES}
+    counts = {split: [0, 0] for split in SPLIT_NAMES}
     problems = 0
     for clip in progress(listing.clips, len(listing.clips), f"checking {name}"):
         problem = _problem(clip, seconds)

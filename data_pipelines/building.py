@@ -268,14 +268,14 @@ def _write_records(
     load_tensorflow()
     import tensorflow_datasets as tfds
 
-    tasks = str(folder / _TASKS)
+    tasks, version = str(folder / _TASKS), VERSION
 
     # Made here, because TFDS and with it TensorFlow are imported by those alone who build. Not
     # registered: what was built is opened by its files.
     class Recordings(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """TFDS builder of a corpus whose audio is written."""
 
-        VERSION = tfds.core.Version(globals()["VERSION"])
+        VERSION = tfds.core.Version(version)
 
         def _info(self):
             features = {
@@ -349,11 +349,14 @@ def _examples(clip: SourceClip, folder: str, split: str) -> Iterator[tuple[str, 
 
 def _check_size(path: str) -> None:
     """Raises AudioError for an empty file, and for a WAV that was cut, which libsndfile accepts."""
-    size = os.path.getsize(path)
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError as error:  # a link to nowhere, or no right to read
+        raise AudioError(f"{path}: cannot be opened: {error.strerror}") from error
     if not size:
         raise AudioError(f"{path}: no samples, the file has 0 bytes")
-    with open(path, "rb") as file:
-        head = file.read(12)
     told = 8 + int.from_bytes(head[4:8], "little")
     # 0xFFFFFFFF: written to a pipe, length unknown. A last odd byte may be unpadded.
     if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size + 1 < told < 1 << 32:
@@ -365,8 +368,10 @@ def _is_built(target: pathlib.Path, rate: int, source: str | None) -> bool:
         info = soundfile.info(str(target))
     except soundfile.LibsndfileError:
         return False
-    newer = source is not None and os.path.getmtime(source) > target.stat().st_mtime
-    return info.samplerate == rate and info.frames > 0 and not newer
+    whole = info.samplerate == rate and info.frames > 0
+    if source is None or not os.path.isfile(source):
+        return whole
+    return whole and os.path.getmtime(source) <= target.stat().st_mtime
 
 
 def _check_settings(folder: pathlib.Path, settings: dict) -> None:
