@@ -4,7 +4,8 @@
     python -m tail_jax.train --config=configs/tail_ast.py:method=ptat --workdir=DIR \
         --config.model.checkpoint=AST+BERT --config.data.root=CORPORA
 
-AST and BERT are two checkpoint folders.
+AST and BERT are two checkpoint folders, CORPORA the --data_dir of
+`python -m data_pipelines.build`, run once for each of `tail_clap.TASKS`.
 """
 
 import dataclasses

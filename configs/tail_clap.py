@@ -3,6 +3,8 @@
     python -m tail_jax.describe --config=configs/tail_clap.py:method=ptat
     python -m tail_jax.train --config=configs/tail_clap.py:method=ptat --workdir=DIR \
         --config.model.checkpoint=CHECKPOINT --config.data.root=CORPORA
+
+CORPORA is the --data_dir of `python -m data_pipelines.build`, run once for each of TASKS.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ def get_config(arg=None) -> ConfigDict:
 
 
 def tail_stream(config: ConfigDict) -> ConfigDict:
-    """The four corpora as caption folders below `config.data.root`, in the paper's order."""
+    """The four corpora as they were built below `config.data.root`, in the paper's order."""
     config.model.dtype = "bfloat16"
     config.backbone.kind = "checkpoint"
     config.stream.name = "tail"

@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import soundfile
@@ -118,6 +118,31 @@ def read_chunks(
             *(_chunk(part, file, sampling_rate, window_samples, fill) for part in parts)
         )
         return np.stack(chunks), valid[0]
+
+
+def read_blocks(path, sampling_rate: int) -> Iterator[np.ndarray]:
+    """Yields all of a file as mono float32 blocks [samples], whatever its length, in little memory.
+
+    Together they are what `read_audio` returns: channels averaged, resampled by soxr.
+
+    Raises:
+      AudioError: as `read_audio`, and where the file holds less than its header says.
+    """
+    with _open(path) as file:
+        missing = -(-file.frames * sampling_rate // file.samplerate)
+        if file.samplerate == sampling_rate:
+            yield from (block for _, block in _checked_blocks(file, path))
+            return
+        import soxr
+
+        stream = soxr.ResampleStream(
+            file.samplerate, sampling_rate, 1, dtype="float32", quality="HQ"
+        )
+        for _, block in _checked_blocks(file, path):
+            resampled = stream.resample_chunk(block)
+            missing -= len(resampled)
+            yield resampled
+        yield fit(stream.resample_chunk(np.zeros(0, np.float32), last=True), missing)
 
 
 def count_chunks(

@@ -24,8 +24,8 @@ def build_stream(spec: Mapping) -> Stream:
     """Builds a stream from its description (a dict, or a ConfigDict).
 
     Keys of `spec`:
-      kind: "folders", caption folders on disk, or "embedded", the synthetic corpora of
-        `corpora.scenes`, generated where they are not yet.
+      kind: "folders", caption folders on disk (what `data_pipelines.build` writes is one, too), or
+        "embedded", the synthetic corpora of `corpora.scenes`, generated where they are not yet.
       name: of the stream; by default the kind.
       root: folder that the folders of the tasks are relative to; by default the working directory.
         For "embedded", where the corpora are generated.

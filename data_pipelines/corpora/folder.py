@@ -4,12 +4,12 @@
 and split (others are ignored). Rows with the same file_name are captions of one clip.
 """
 
-import csv
 import pathlib
 from collections.abc import Sequence
 
 from data_pipelines import listing
 from data_pipelines.corpora import SPLIT_NAMES, Clip, Corpus, Split
+from data_pipelines.corpora.tables import read_rows
 
 COLUMNS = ("file_name", "caption", "label", "group", "split")
 
@@ -37,6 +37,10 @@ def read_folder(root, name: str | None = None, labels: Sequence[str] | None = No
         raise FileNotFoundError(
             f"caption folder '{root}' does not exist; expected a folder with metadata.csv and audio"
         )
+    if not table.is_file() and (root / "build.json").is_file():
+        raise FileNotFoundError(
+            f"corpus '{root}' is not built to its end; give the command that began it again"
+        )
     if not table.is_file():
         found = sorted(path.name for path in root.iterdir())[:10]
         raise FileNotFoundError(
@@ -44,7 +48,7 @@ def read_folder(root, name: str | None = None, labels: Sequence[str] | None = No
             f"expected a table with the columns {', '.join(COLUMNS)}"
         )
     name = name or root.resolve().name
-    clips = _collect(_read_rows(table), table)
+    clips = _collect(read_rows(table, COLUMNS), table)
     if labels is not None:
         clips = _select(clips, labels, table)
     splits = {
@@ -66,38 +70,6 @@ def read_folder(root, name: str | None = None, labels: Sequence[str] | None = No
         for split in SPLIT_NAMES
     }
     return Corpus(name, **splits)
-
-
-def _read_rows(table: pathlib.Path) -> list[tuple[int, dict[str, str]]]:
-    """Returns (line number, row) of every row; raises ValueError if the file is no such table."""
-    try:
-        # strict: by default a quote that is never closed swallows the rest of the file in silence.
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
-            missing = [column for column in COLUMNS if column not in columns]
-            if missing:
-                raise ValueError(
-                    f"{table}: missing columns {', '.join(missing)}; found "
-                    f"{', '.join(columns) or 'an empty file'}, expected {', '.join(COLUMNS)}"
-                )
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    found = sum(value is not None for key, value in row.items() if key is not None)
-                    found += len(row.get(None, ()))
-                    raise ValueError(
-                        f"{table} line {reader.line_num}: {found} fields, expected {len(columns)}; "
-                        "quote captions that contain commas"
-                    )
-                rows.append((reader.line_num, row))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except csv.Error as error:
-        raise ValueError(f"{table} line {reader.line_num}: not valid CSV: {error}") from error
-    if not rows:
-        raise ValueError(f"{table}: no rows; expected one row per caption")
-    return rows
 
 
 def _collect(rows, table: pathlib.Path) -> dict[str, dict]:
