@@ -1,4 +1,4 @@
-"""PTAT or PTAT-plus with one thing changed: names for the comparisons that say what each part is good for.
+"""PTAT or PTAT-plus with one thing changed, to say in comparisons what each part is good for.
 
 Each is PTAT, PTAT-plus or full fine-tuning with other defaults, so that a benchmark can name it.
 Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
@@ -31,8 +31,7 @@ def _variant(base: type[Method], what: str, **defaults: Any) -> type[Method]:
         frozen=True, namespace={"__doc__": f"{base.__name__}, {what}.", "__module__": __name__})
 
 
-ABLATIONS = {
-    "sequential_distil": SequentialDistilled,
+VARIANTS = {
     "ptat_similarity_only": _variant(PTAT, "similarity only", feature_weight=0.0),
     "ptat_feature_only": _variant(PTAT, "feature only", similarity_weight=0.0),
     "ptat_cross_time": _variant(PTAT, "cross time", similarity_form="cross_time"),
@@ -47,3 +46,5 @@ ABLATIONS = {
     "ptat_plus_prompts": _variant(PTATPlus, "prompts only", rank=0, head_rank=0,
                                   prompts=PromptConfig(length=8, coupling="independent")),
 }
+
+ABLATIONS = {"sequential_distil": SequentialDistilled} | VARIANTS
