@@ -17,7 +17,8 @@ from tail_jax.tuning.masks import apply_rules
 from tests.training import stepping
 
 CASES = [{"method": method, "mesh": mesh, "accumulation": parts} for method, mesh, parts in (
-    ("ptat", [8, 1], 4), ("ptat", [4, 2], 1), ("sequential", [8, 1], 1), ("sequential", [4, 2], 1))]
+    ("ptat", [8, 1], 4), ("ptat", [4, 2], 1), ("sequential", [8, 1], 1), ("sequential", [4, 2], 1),
+    ("l2p", [8, 1], 1), ("ptat_plus", [4, 2], 4), ("modx", [4, 2], 1))]
 NAMES = [f"{c['method']} {c['mesh'][0]}x{c['mesh'][1]} in {c['accumulation']}" for c in CASES]
 
 
@@ -31,9 +32,9 @@ def eight(run_python):
 
 @pytest.fixture(scope="module")
 def one():
-    """The same on one device, whole and in four parts."""
-    return {(method, parts): stepping.run(method, [1, 1], parts)
-            for method in ("ptat", "sequential") for parts in (1, 4)}
+    """The same on one device, and for two methods in four parts as well."""
+    cases = {(case["method"], 1) for case in CASES} | {("ptat", 4), ("sequential", 4)}
+    return {case: stepping.run(case[0], [1, 1], case[1]) for case in sorted(cases)}
 
 
 def compare(a, b, tolerance):
