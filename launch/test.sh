@@ -5,9 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/install.sh test
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
-marker="not slow"
 if [[ "${1:-}" == --slow ]]; then
-  marker="slow"
   shift
+  exec .venv/bin/python -m pytest -q -m slow "$@"
 fi
-exec .venv/bin/python -m pytest -q -m "$marker" "$@"
+# Files at a time: one a core, four at most (each takes up to 3 GB). Most of a test is compilation,
+# which keeps one core busy.
+exec .venv/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses=4 --dist=loadfile "$@"
