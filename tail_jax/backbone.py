@@ -233,7 +233,8 @@ def tuned(backbone: Backbone, path) -> Backbone:
     params, tuning = method.resolve(backbone.model, trainable, method.frozen(backbone.params))
     encoders = None
     if method.own_encode:
-        tuning = {"trainable": trainable, "aux": aux}
+        # Routes and queries were learned beside the heads that the backbone came with.
+        tuning = {"trainable": trainable, "aux": aux, "heads": backbone.params["heads"]}
         encoders = {side: _encoder(method, backbone.model, side) for side in ("audio", "text")}
     return dataclasses.replace(backbone, params=params, tuning=tuning, encoders=encoders,
                                stored_hash="", name=f"{backbone.name}, {pathlib.Path(path).name}")
@@ -244,8 +245,8 @@ def _encoder(method, model, side: str):
     keys = {"audio": ("audio", "audio_mask"), "text": ("token_ids", "token_mask")}[side]
 
     def encode(params, tuning, *inputs):
-        return method.encode(side, model, tuning["trainable"], params, tuning["aux"],
-                             dict(zip(keys, inputs)))
+        return method.encode(side, model, tuning["trainable"], params | {"heads": tuning["heads"]},
+                             tuning["aux"], dict(zip(keys, inputs)))
 
     return encode
 

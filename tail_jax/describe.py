@@ -34,7 +34,7 @@ def describe(config: dict) -> dict:
     state = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p), params)
     frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
     trainable = state["trainable"]
-    total = count(params, BUFFERS)
+    data, total = settings.data_settings(config["data"]), count(params, BUFFERS)
     report = {
         "method": config["method"]["name"],
         "parameters": {group: count(tree, BUFFERS) for group, tree in params.items()},
@@ -44,7 +44,7 @@ def describe(config: dict) -> dict:
         "trainable_share": count(trainable, BUFFERS) / total,
         "bytes": {"frozen": _bytes(frozen), "trainable": _bytes(trainable),
                   "teacher_and_statistics": _bytes(state["aux"]),
-                  "memory": _bytes(method.memory(model, config["data"]["max_tokens"]))},
+                  "memory": _bytes(method.memory(model, data.audio_shape, data.max_tokens))},
         "mesh": dict(mesh.shape), "devices": jax.device_count(),
         "shardings": _shardings(frozen, mesh) | _shardings(trainable, mesh),
     }

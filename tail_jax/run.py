@@ -64,7 +64,8 @@ class Run:
         """The method's state before the first task, on the devices, sharing no memory."""
         key = jax.random.fold_in(self.key, INIT_KEY)
         state = self.method.init(key, self.model, self.backbone.params)
-        memory = self.method.memory(self.model, self.config["data"]["max_tokens"])
+        data = settings.data_settings(self.config["data"])
+        memory = self.method.memory(self.model, data.audio_shape, data.max_tokens)
         return state | ({"memory": memory} if memory else {}) | {
             "trainable": sharding.place(state["trainable"], self.mesh),
             "aux": sharding.put_tree(state["aux"], self._aux_shardings(state))}

@@ -66,9 +66,13 @@ class Method:
         """(parameters, tuning) as the encoders take them."""
         raise NotImplementedError  # a hook without a default: every method has its own
 
-    def memory(self, model: DualEncoder, max_tokens: int) -> dict:
-        """`state["memory"]` before the first task, of the shapes it keeps; {} is none."""
-        del model, max_tokens
+    def memory(self, model: DualEncoder, audio_shape: tuple[int, ...], max_tokens: int) -> dict:
+        """`state["memory"]` before the first task, of the shapes it keeps; {} is none.
+
+        `audio_shape` is that of a row of audio as the reader gives it: HTSAT stretches rows shorter
+        than its window, so it need not be the model's own.
+        """
+        del model, audio_shape, max_tokens
         return {}
 
     def begin_task(self, state: State, task: int, data) -> State:

@@ -28,7 +28,7 @@ class PTATPlus(Pool):
 
         prompts   of every layer of both towers (`tuning/prompts.py`)
         lora      x W + (alpha / r) x a b on dense layers of both towers (`tuning/lora.py`)
-        head      e = unit(e_0 + p a' b' + c'),  p what the tower pools, e_0 the frozen head's output
+        head      e = unit(e_0 + p a' b' + c'),  p what the tower pools, e_0 by the frozen head
 
     The loss is L_ret alone; nothing old changes, so nothing has to be distilled. At the start of a
     task its training data enters the routers (`tuning/routers.py`). A clip, and a caption, is

@@ -52,9 +52,11 @@ class Replay(Sequential):
             raise ValueError(f"method.replay_share is {self.replay_share}; expected at least 0 "
                              "and less than 1")
 
-    def memory(self, model, max_tokens):
-        rows = {name: np.zeros(x.shape, x.dtype)
-                for name, x in model.input_shapes(self.capacity, max_tokens).items()}
+    def memory(self, model, audio_shape, max_tokens):
+        del model
+        rows = {"audio": np.zeros((self.capacity, *audio_shape), np.float32),
+                "token_ids": np.zeros((self.capacity, max_tokens), np.int32),
+                "token_mask": np.zeros((self.capacity, max_tokens), bool)}
         ids = {name: np.zeros(self.capacity, np.int32) for name in ("clip_id", "caption_key")}
         return rows | ids | {"mask": np.zeros(self.capacity, bool),
                              "pairs_offered": np.zeros((), np.int32),
@@ -115,10 +117,10 @@ class DarkReplay(Replay):
 
     stored_weight: float = 0.5
 
-    def memory(self, model, max_tokens):
+    def memory(self, model, audio_shape, max_tokens):
         stored = {name: np.zeros(x.shape, x.dtype)
                   for name, x in self.replay_shapes(model, self.capacity).items()}
-        return super().memory(model, max_tokens) | stored
+        return super().memory(model, audio_shape, max_tokens) | stored
 
     def replay_shapes(self, model, rows):
         shape = jax.ShapeDtypeStruct((rows, model.embedding), jnp.float32)

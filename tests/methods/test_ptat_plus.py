@@ -11,12 +11,13 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.naive_bayes import MultinomialNB
 
 from configs import tail_clap
+from tail_jax import backbone as backbones
 from tail_jax import cli, methods, settings
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 from tail_jax.models.htsat import HTSATConfig
-from tail_jax.training.checkpoints import load_tree
+from tail_jax.training.checkpoints import load_tree, save_tree
 from tail_jax.train import train
 from tail_jax.tuning import routers
 from tail_jax.tuning.masks import count
@@ -153,6 +154,21 @@ def test_an_item_is_embedded_by_the_mean_tree_of_its_own_posterior(name, setting
         if head is not None:
             e = e + np.asarray(out["pooled"], np.float64) @ head["a"] @ head["b"] + head["c"]
         np.testing.assert_allclose(got[row], (e / np.linalg.norm(e))[0], atol=2e-5)
+
+
+def test_loaded_with_heads_of_its_own_it_routes_by_those_of_the_backbone(tmp_path):
+    method = methods.build({"name": "ptat_plus", "route": "final", "train_heads": True}, TASKS)
+    state, rows = trained(method, "ast", 2), batch(MODELS["ast"])
+    backbone = backbones.Backbone("tiny", MODELS["ast"], params("ast"), None, 7, None)
+    header = {"kind": "tuning", "backbone_sha256": backbone.sha256,
+              "method": methods.defaults("ptat_plus") | {
+                  "route": "final", "train_heads": True, "tasks": TASKS}}
+    save_tree(tmp_path / "tree.safetensors", jax.device_get(method.stored(state)), header)
+    loaded = backbones.tuned(backbone, tmp_path / "tree.safetensors")
+    out = jax.jit(loaded.encoders["text"])(loaded.params, loaded.tuning, rows["token_ids"],
+                                           rows["token_mask"])
+    np.testing.assert_allclose(out["embedding"], embed(method, "ast", state, rows, "text"),
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["audio", "text"])

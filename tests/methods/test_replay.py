@@ -12,14 +12,12 @@ from scipy.stats import chisquare
 from data_pipelines.corpora import caption_keys, normalise_caption
 from tail_jax import methods
 from tail_jax.methods.replay import DarkReplay, Replay, hashes, reservoir
+from tail_jax.models.htsat import HTSATConfig
 from tail_jax.run import open_run, read
 from tail_jax.training.checkpoints import Checkpoints
 
 SHAPE, TOKENS = (3, 2), 4
-MODEL = types.SimpleNamespace(embedding=5, input_shapes=lambda rows, tokens: {
-    "audio": jax.ShapeDtypeStruct((rows, *SHAPE), jnp.float32),
-    "token_ids": jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-    "token_mask": jax.ShapeDtypeStruct((rows, tokens), jnp.bool_)})
+MODEL = types.SimpleNamespace(embedding=5)
 
 
 @dataclasses.dataclass
@@ -58,7 +56,7 @@ class Task:
 
 def after(method, *tasks):
     """The state after these tasks."""
-    state = {"trainable": {}, "aux": {}, "memory": method.memory(MODEL, TOKENS)}
+    state = {"trainable": {}, "aux": {}, "memory": method.memory(MODEL, SHAPE, TOKENS)}
     for number, task in enumerate(tasks):
         state = method.end_task(state, number, task)
     return state
@@ -245,6 +243,22 @@ def test_stored_embeddings_are_those_of_the_model_at_the_end_of_the_task_and_sur
     checkpoints.close()
     np.testing.assert_equal({k: np.asarray(v) for k, v in restored.items()}, memory)
     assert {k: v.dtype for k, v in restored.items()} == {k: v.dtype for k, v in memory.items()}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_memory_holds_rows_of_audio_that_htsat_stretches_to_its_window(tiny_config, tmp_path):
+    htsat = HTSATConfig(spec_size=32, mels=16, patch=4, width=8, depths=(1, 1), heads=(2, 2),
+                        window=4)
+    config = tiny_config("er", tasks=1)
+    config["model"]["audio"] = {"kind": "htsat"} | dataclasses.asdict(htsat)
+    run = open_run(config, tmp_path)
+    reader = read(run.config, run.backbone.tokenizer, run.stream.tasks[0].train)
+    state = run.end_task(run.initial_state(), 0, run.task_data(reader, 0, 1))
+    batch = next(reader.train_batches(6, 0))
+    out = run.method.replay(state, batch, 2, reader, np.random.default_rng(0))
+    frames, mels = batch["audio"].shape[1:]
+    assert frames < htsat.frames and out["audio"].shape == (8, frames, mels)
+    assert out["audio"][6:].any()
 
 
 @pytest.mark.parametrize("settings, message", [
