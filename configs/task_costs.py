@@ -25,7 +25,7 @@ def get_config(arg=None) -> ConfigDict:
     config.stream.tasks = tuple(
         {"name": f"{corpora[k % len(corpora)]}_{k // len(corpora) + 1}",
          "folder": corpora[k % len(corpora)]} for k in range(args["tasks"]))
-    config.stream.limit = 16  # clips of a split
+    config.stream.limit = 8  # clips of a split
     config.eval.batch_size = 16
     config.train.duration = "8 steps"
     config.train.log_every = 1

@@ -97,7 +97,7 @@ def define_flags() -> None:
     usual = Options()
     flags.DEFINE_string("config", usual.config, "Configuration that takes method= and tasks=.")
     flags.DEFINE_string("methods", None, "all, or names with commas; by default all but ablations.")
-    flags.DEFINE_list("tasks", [*map(str, usual.tasks)], "Numbers of tasks, ascending, with commas.")
+    flags.DEFINE_list("tasks", [*map(str, usual.tasks)], "Numbers of tasks, ascending.")
     flags.DEFINE_string("workdir", usual.workdir, "Folder of the runs; start again there to go on.")
 
 

@@ -25,6 +25,7 @@ import glob
 import pathlib
 import shlex
 import sys
+from typing import Mapping
 
 from absl import flags
 
@@ -38,13 +39,15 @@ _DIVERGED = 3  # exit code of `tail_jax.train`
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One run: its folder below the sweep's, and the --config arguments that describe it."""
+    """One run: its folder below the sweep's, the --config arguments that describe it, and variables
+    of the environment that it needs."""
 
     name: str
     method: str
     seed: int
     arguments: tuple[str, ...]
     trial: int = 0
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def plans(config: str, names, seeds, orders, overrides) -> list[Plan]:
@@ -64,8 +67,9 @@ def trial_plans(config: str, grids: dict, content: dict, seeds, overrides) -> li
                 what = ",".join(f"{key}={value}" for key, value in sorted(trial.items()))
                 own = [f"method.{key}={value}"
                        for key, value in (best.common(content, name) | trial).items()]
-                arguments = config_arguments(config, [*overrides, *own, "eval.split=valid"], method=name,
-                                       seed=seed, tasks=TUNED_TASKS, settings="default")
+                arguments = config_arguments(
+                    config, [*overrides, *own, "eval.split=valid"], method=name, seed=seed,
+                    tasks=TUNED_TASKS, settings="default")
                 result.append(Plan(f"{name}-{seed}-{what}", name, seed, arguments, number))
     return result
 
@@ -106,7 +110,8 @@ def run_plans(wanted: list[Plan], workdir: pathlib.Path, parallel: int) -> list[
         left = [plan for plan in left if plan.seed not in lost]
         # What another process has finished while this one waited for the lock is found by the run.
         todo = [jobs.Job(plan.name, plan.method, "tail_jax.train",
-                         (*plan.arguments, f"--workdir={workdir / plan.name}")) for plan in left]
+                         (*plan.arguments, f"--workdir={workdir / plan.name}"), plan.environment)
+                for plan in left]
         return failures + jobs.run(todo, parallel, logs, lock, _seconds(wanted, workdir))
 
 

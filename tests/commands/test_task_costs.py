@@ -74,16 +74,16 @@ def test_table_has_a_row_a_method_and_names_what_grows(measured):
 
 @pytest.mark.parametrize("measured, grows", [
     ({}, []),
-    ({"seconds": (1.0, 1.099), "memory": (1e9, 1.099e9)}, []),  # as two equal runs differ
+    ({"seconds": (1.0, 1.149), "memory": (1e9, 1.099e9)}, []),  # as two equal runs differ
     ({"seconds": (1.0, 0.5), "memory": (1e9, 0.5e9), "state": (1000, 999)}, []),
-    ({"seconds": (1.0, 1.101)}, ["seconds a step"]),
+    ({"seconds": (1.0, 1.151)}, ["seconds a step"]),
     ({"memory": (1e9, 1.101e9)}, ["peak memory"]),
     ({"state": (10**9, 10**9 + 1)}, ["state"]),
     ({"state": (0, 1)}, ["state"]),
     ({"seconds": (None, None), "state": (0, 0)}, []),
     ({"seconds": (1.0, 9.0), "state": (1, 2)}, ["seconds a step", "state"]),
 ])
-def test_flat_is_within_ten_percent_for_times_and_memory_and_exact_for_bytes(measured, grows):
+def test_flat_is_within_some_percent_for_times_and_memory_and_exact_for_bytes(measured, grows):
     assert cost(**measured).grows == grows
 
 
