@@ -30,7 +30,8 @@ def build_stream(spec: Mapping) -> Stream:
       root: folder that the folders of the tasks are relative to; by default the working directory.
         For "embedded", where the corpora are generated.
       tasks: list of {name, folder, labels}; `name` defaults to the name of the folder, `labels`
-        keeps only clips with these labels (default: all). For "embedded", a list of {name}.
+        keeps only clips with these labels (default: all). For "embedded", `folder` is one of the
+        synthetic corpora, by default that of the task's name: several tasks may be of one corpus.
       scenes: settings of the embedded corpora (`scenes.SceneSettings`) that are not the default.
       order: names of the tasks in another order; empty keeps the order of the list.
       limit: most clips of a split, 0 for all. The subset depends on the ids of the clips alone,
@@ -85,9 +86,10 @@ def _embedded_corpora(spec: Mapping) -> list[Corpus]:
         if name in given:
             default = getattr(scenes.SceneSettings(), name)
             given[name] = dataclasses.replace(default, **given[name])
-    names = [task["name"] for task in spec.get("tasks") or ()]
-    folders = scenes.generate(spec.get("root") or ".", scenes.SceneSettings(**given), names)
-    return [read_folder(folders[name], name) for name in names]
+    tasks = [(task["name"], task.get("folder") or task["name"]) for task in spec.get("tasks") or ()]
+    folders = scenes.generate(spec.get("root") or ".", scenes.SceneSettings(**given),
+                              dict.fromkeys(corpus for _, corpus in tasks))
+    return [read_folder(folders[corpus], name) for name, corpus in tasks]
 
 
 _KINDS = {"folders": _folder_corpora, "embedded": _embedded_corpora}

@@ -1,11 +1,14 @@
-"""Measures speed against the libraries that people would use otherwise, in one process.
+"""Measures speed against the libraries that people would use otherwise, and the cost of methods.
 
     python -m tail_jax.benchmark --suite=embed|load --output=FILE [--checkpoint=DIR] [--repeats=5]
+    python -m tail_jax.benchmark --suite=tasks --output=FILE --workdir=DIR [--methods=all] \
+        [--tasks=2,8,32]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib
 import importlib.metadata
 import os
@@ -16,21 +19,22 @@ import sys
 import jax
 from absl import flags
 
-from tail_jax import cli
-from tail_jax.benchmarks import Options, table
+from tail_jax import cli, sweep
+from tail_jax.benchmarks import Measured, Options
 from tail_jax.reporting.writers import write_json_atomic
 
-SUITES = ("embed", "load")
+SUITES = ("embed", "load", "tasks")
 _PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers")
 
 
-def benchmark(suite: str, options: Options) -> tuple[dict, str]:
-    """(report for JSON, its table) of a suite, see `tail_jax.benchmarks`."""
-    comparisons = importlib.import_module(f"tail_jax.benchmarks.{suite}").run(options)
+def benchmark(suite: str, options: Options) -> tuple[dict, Measured]:
+    """(report for JSON, what was measured) of a suite, see `tail_jax.benchmarks`."""
+    measured = importlib.import_module(f"tail_jax.benchmarks.{suite}").run(options)
     report = {
         "suite": suite, "options": dataclasses.asdict(options), "machine": machine(),
-        "cases": [dataclasses.asdict(c) | {"ratio": c.ratio} for c in comparisons]}
-    return report, table(comparisons)
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": cli.commit(), "cases": measured.cases, "failed": list(measured.failed)}
+    return report, measured
 
 
 def machine() -> dict:
@@ -55,27 +59,46 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main() -> None:
+def main() -> int:
     """The command."""
     args = flags.FLAGS
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}; expected 1 or more")
-    options = Options(args.size, args.repeats, args.checkpoint, args.items)
-    report, shown = benchmark(args.suite, options)
+    options = Options(
+        args.size, args.repeats, args.checkpoint, args.items, args.config,
+        tuple(sweep.chosen_methods(args.methods)) if args.methods else (), _numbers(args.tasks),
+        args.workdir)
+    report, measured = benchmark(args.suite, options)
     write_json_atomic(pathlib.Path(args.output), report)
-    print(shown)
-    print(f"median (least to most) of {args.repeats}; ratio: the peer over ours",
-          file=sys.stderr)
+    print(measured.table)
+    print(f"{measured.note}; {report['machine']['processor']}, {report['machine']['cores']} cores, "
+          f"{report['date']}, commit {report['commit']}", file=sys.stderr)
+    for line in measured.failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if measured.failed else 0
+
+
+def _numbers(texts: list[str]) -> tuple[int, ...]:
+    numbers = [int(text) if text.isdecimal() else 0 for text in texts]
+    if len(numbers) < 2 or numbers[0] < 1 or numbers != sorted(set(numbers)):
+        raise ValueError(f"--tasks={','.join(texts)}; expected two or more whole numbers, "
+                         "ascending, with commas")
+    return tuple(numbers)
 
 
 def define_flags() -> None:
-    """--suite, --output, --checkpoint, --size, --repeats and --items."""
+    """The flags: of all suites, of embed and load, of tasks."""
     flags.DEFINE_enum("suite", None, SUITES, "What to measure.", required=True)
     flags.DEFINE_string("output", None, "JSON file for the measurements.", required=True)
     flags.DEFINE_string("checkpoint", None, "Measure with this folder; by default random weights.")
     flags.DEFINE_enum("size", "full", ["full", "tiny"], "Published sizes, or just to try.")
     flags.DEFINE_integer("repeats", 5, "Measurements of each case.")
     flags.DEFINE_integer("items", None, "Captions of the longest case.", lower_bound=32)
+    usual = Options()
+    flags.DEFINE_string("config", usual.config, "Configuration that takes method= and tasks=.")
+    flags.DEFINE_string("methods", None, "all, or names with commas; by default all but ablations.")
+    flags.DEFINE_list("tasks", [*map(str, usual.tasks)], "Numbers of tasks, ascending.")
+    flags.DEFINE_string("workdir", usual.workdir, "Folder of the runs; start again there to go on.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 from typing import Any, Callable, Sequence
 
@@ -107,6 +108,17 @@ def _flag_message(error: Exception, argv: list[str]) -> str:
 def plain(config: Any) -> Any:
     """A ConfigDict as JSON would hold it: dicts, lists, numbers, strings."""
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def commit() -> str | None:
+    """Commit of the code, with + where files have changed since; None outside a repository."""
+    root = pathlib.Path(__file__).parents[1]
+    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+    try:
+        head, status = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
+    except OSError:
+        return None
+    return None if head.returncode else head.stdout.strip() + "+" * bool(status.stdout.strip())
 
 
 def check_config(workdir: pathlib.Path, config: dict) -> None:

@@ -26,12 +26,14 @@ class Job:
         name: of its log, unique.
         kind: jobs of one kind are expected to take equally long.
         module, arguments: what `python -m` runs.
+        environment: variables that it has beside those of this process.
     """
 
     name: str
     kind: str
     module: str
     arguments: tuple[str, ...]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ def _start(job: Job, logs: pathlib.Path, lock: int) -> subprocess.Popen:
         log.flush()
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                 start_new_session=True, pass_fds=(lock,),
-                                env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ})
+                                env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ,
+                                     **job.environment})
 
 
 def _stop(running) -> None:

@@ -24,8 +24,8 @@ import datetime
 import glob
 import pathlib
 import shlex
-import subprocess
 import sys
+from typing import Mapping
 
 from absl import flags
 
@@ -39,18 +39,20 @@ _DIVERGED = 3  # exit code of `tail_jax.train`
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One run: its folder below the sweep's, and the --config arguments that describe it."""
+    """One run: its folder below the sweep's, the --config arguments that describe it, and variables
+    of the environment that it needs."""
 
     name: str
     method: str
     seed: int
     arguments: tuple[str, ...]
     trial: int = 0
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def plans(config: str, names, seeds, orders, overrides) -> list[Plan]:
     """The runs of a sweep, seed by seed, so that a sweep that is stopped has whole seeds."""
-    return [Plan(_folder(name, seed, order), name, seed, _arguments(
+    return [Plan(_folder(name, seed, order), name, seed, config_arguments(
                 config, overrides, method=name, seed=seed,
                 **({} if order == "paper" else {"order": order})))
             for order in orders for seed in seeds for name in names]
@@ -65,8 +67,9 @@ def trial_plans(config: str, grids: dict, content: dict, seeds, overrides) -> li
                 what = ",".join(f"{key}={value}" for key, value in sorted(trial.items()))
                 own = [f"method.{key}={value}"
                        for key, value in (best.common(content, name) | trial).items()]
-                arguments = _arguments(config, [*overrides, *own, "eval.split=valid"], method=name,
-                                       seed=seed, tasks=TUNED_TASKS, settings="default")
+                arguments = config_arguments(
+                    config, [*overrides, *own, "eval.split=valid"], method=name, seed=seed,
+                    tasks=TUNED_TASKS, settings="default")
                 result.append(Plan(f"{name}-{seed}-{what}", name, seed, arguments, number))
     return result
 
@@ -107,7 +110,8 @@ def run_plans(wanted: list[Plan], workdir: pathlib.Path, parallel: int) -> list[
         left = [plan for plan in left if plan.seed not in lost]
         # What another process has finished while this one waited for the lock is found by the run.
         todo = [jobs.Job(plan.name, plan.method, "tail_jax.train",
-                         (*plan.arguments, f"--workdir={workdir / plan.name}")) for plan in left]
+                         (*plan.arguments, f"--workdir={workdir / plan.name}"), plan.environment)
+                for plan in left]
         return failures + jobs.run(todo, parallel, logs, lock, _seconds(wanted, workdir))
 
 
@@ -200,7 +204,7 @@ def tune(config: str, names, seeds, trials: int, overrides, path: pathlib.Path,
     scores = choose(grids, wanted, workdir, failures)
     tasks = cli.parse_config(wanted[0].arguments)["stream"]["tasks"]
     for line in record(path, content, grids, scores, split="valid", seeds=seeds,
-                       tasks=[task["name"] for task in tasks], commit=_commit(),
+                       tasks=[task["name"] for task in tasks], commit=cli.commit(),
                        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
                        command=shlex.join(["python", "-m", "tail_jax.sweep", *sys.argv[1:]])):
         print(line)
@@ -209,7 +213,8 @@ def tune(config: str, names, seeds, trials: int, overrides, path: pathlib.Path,
     return [failure for failure in failures if failure.code != _DIVERGED]
 
 
-def _arguments(config: str, overrides, **values) -> tuple[str, ...]:
+def config_arguments(config: str, overrides, **values) -> tuple[str, ...]:
+    """--config with these arguments after the colon, and the fields of `overrides`."""
     path, _, given = config.partition(":")
     joined = ",".join(filter(None, [given, *(f"{key}={value}" for key, value in values.items())]))
     return (f"--config={path}:{joined}", *(f"--config.{override}" for override in overrides))
@@ -247,18 +252,8 @@ def _seconds(wanted: list[Plan], workdir: pathlib.Path) -> dict[str, float]:
     return {method: sum(values) / len(values) for method, values in spent.items() if values}
 
 
-def _commit() -> str | None:
-    """Commit of the code, with + where files have changed since; None outside a repository."""
-    root = pathlib.Path(__file__).parents[1]
-    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-    try:
-        head, status = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
-    except OSError:
-        return None
-    return None if head.returncode else head.stdout.strip() + "+" * bool(status.stdout.strip())
-
-
-def _chosen(text: str) -> list[str]:
+def chosen_methods(text: str) -> list[str]:
+    """The names that a --methods flag stands for."""
     if text == "all":
         return [*methods.METHODS]
     names = [name for name in text.split(",") if name]
@@ -279,7 +274,7 @@ def _checked(flag: str, values: list[str]) -> list[str]:
 def main() -> int:
     """The command."""
     values = flags.FLAGS
-    workdir, names = pathlib.Path(values.workdir), _chosen(values.methods)
+    workdir, names = pathlib.Path(values.workdir), chosen_methods(values.methods)
     seeds = _checked("seeds", values.seeds)
     if not all(seed.isdecimal() for seed in seeds):
         raise cli.UserError(f"--seeds={','.join(seeds)}: expected whole numbers, with commas")

@@ -14,6 +14,7 @@ import importlib.metadata
 import pathlib
 import platform
 import resource
+import statistics
 import sys
 import time
 from typing import Any, Callable
@@ -67,9 +68,10 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
 
     # --- Resume ---------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints")
-    progress = checkpoints.progress() or {
+    progress = {
         "number": 0, "task": 0, "step": 0, "global_step": 0, "rows": {}, "train_seconds": {},
-        "state_bytes": {}, "evaluation_seconds": 0.0, "total_seconds": 0.0}
+        "step_seconds": {}, "state_bytes": {}, "evaluation_seconds": 0.0, "total_seconds": 0.0,
+    } | (checkpoints.progress() or {})
     if progress["number"]:
         state, opt_state = unpack(checkpoints.restore(pack(state, opt_state)), opt_state)
         print(f"{workdir}: resumes at task {progress['task'] + 1}, step {progress['step']}",
@@ -184,7 +186,9 @@ def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, 
         training_batches(run, task, number, state, progress["step"]), state["trainable"],
         opt_state, run.frozen, state["aux"], run.method.update_mask(state), progress["step"],
         task.steps)
-    progress.update(train_seconds=seconds(), global_step=before + task.steps)
+    usual = statistics.median(loop.seconds) if loop.seconds else None
+    progress.update(train_seconds=seconds(), global_step=before + task.steps,
+                    step_seconds=progress["step_seconds"] | {task.name: usual})
     return state | {"trainable": trainable}, opt_state
 
 
@@ -263,7 +267,7 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         "memory_bytes": tree_bytes(state.get("memory")),
         "memory_pairs": int(np.sum(state["memory"]["mask"])) if "memory" in state else 0,
         "matrices": matrices, "summary": summarize(matrices),
-        "wall_seconds": {"train": progress["train_seconds"],
+        "wall_seconds": {"train": progress["train_seconds"], "step": progress["step_seconds"],
                          "evaluate": progress["evaluation_seconds"]},
         "peak_memory_bytes": stats.get(
             "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),

@@ -1,4 +1,4 @@
-"""Benchmark suites: one file a suite, with `run(options) -> list[Comparison]`."""
+"""Benchmark suites: one file a suite, with `run(options) -> Measured`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,44 @@ OURS = "tail_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every suite takes.
+    """What suites take; `embed` and `load` the first four, `tasks` the others.
 
     Attributes:
         size: "full", or "tiny" to see that it works.
         repeats: measurements of each case.
         checkpoint: folder to measure with, in place of random weights; None for those.
         items: of the longest case; None is the suite's own number.
+        config: configuration file that takes method= and tasks=.
+        methods: to measure; none is all but the ablations.
+        tasks: numbers of tasks, ascending.
+        workdir: folder of the runs; those that are done are not run again.
     """
 
     size: str = "full"
     repeats: int = 5
     checkpoint: str | None = None
     items: int | None = None
+    config: str = "configs/task_costs.py"
+    methods: tuple[str, ...] = ()
+    tasks: tuple[int, ...] = (2, 8, 32)
+    workdir: str = "runs/task_costs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a suite gives.
+
+    Attributes:
+        cases: for JSON.
+        table: the same in Markdown.
+        note: what the table does not say by itself.
+        failed: what could not be measured, one line each.
+    """
+
+    cases: list[dict]
+    table: str
+    note: str
+    failed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +90,13 @@ def compare(case: str, items: int, repeats: int,
             function()
             seconds[who].append(time.perf_counter() - start)
     return Comparison(case, items, seconds, float(np.abs(results[0] - results[1]).max()))
+
+
+def measured(comparisons: list[Comparison], repeats: int) -> Measured:
+    """Comparisons as a suite gives them."""
+    return Measured([dataclasses.asdict(c) | {"ratio": c.ratio} for c in comparisons],
+                    table(comparisons),
+                    f"median (least to most) of {repeats}; ratio: the peer over ours")
 
 
 def table(comparisons: list[Comparison]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 import tail_jax
-from tail_jax.benchmarks import OURS, Comparison, Options, compare
+from tail_jax.benchmarks import OURS, Comparison, Measured, Options, compare, measured
 
 PEER = "transformers"
 PEER_TEXTS = 32  # a batch; more of them would be padded more
@@ -111,7 +111,7 @@ def need_peer() -> None:
                          "installed; pip install 'tail_jax[torch]'") from None
 
 
-def run(options: Options) -> list[Comparison]:
+def run(options: Options) -> Measured:
     """Single clips and batches, texts in one batch and in many; of one length and of several.
 
     Raises:
@@ -122,7 +122,7 @@ def run(options: Options) -> list[Comparison]:
         if not options.checkpoint:
             write_random_checkpoint(folder, options.size)
         folder = pathlib.Path(options.checkpoint or folder)
-        return _compare(tail_jax.load(folder), Peer(folder), options)
+        return measured(_compare(tail_jax.load(folder), Peer(folder), options), options.repeats)
 
 
 def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:

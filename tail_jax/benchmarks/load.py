@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from tail_jax.benchmarks import OURS, Comparison, Options
+from tail_jax.benchmarks import OURS, Comparison, Measured, Options, measured
 from tail_jax.benchmarks.embed import PEER, need_peer
 
 _LOADS = {
@@ -50,7 +50,7 @@ write_random_checkpoint(*sys.argv[1:])
 """
 
 
-def run(options: Options) -> list[Comparison]:
+def run(options: Options) -> Measured:
     """Seconds of a load, and its memory.
 
     Raises:
@@ -68,8 +68,9 @@ def run(options: Options) -> list[Comparison]:
                 found[who].append(_measure(code, path))
     difference = abs(first[OURS][2] - first[PEER][2])
     cases = (("load", "s"), ("memory of a load", "x weights"))
-    return [Comparison(case, 1, {who: [m[i] for m in runs] for who, runs in found.items()},
-                       difference, unit) for i, (case, unit) in enumerate(cases)]
+    return measured([Comparison(case, 1, {who: [m[i] for m in runs] for who, runs in found.items()},
+                                difference, unit) for i, (case, unit) in enumerate(cases)],
+                    options.repeats)
 
 
 def _measure(load: str, folder) -> list[float]:

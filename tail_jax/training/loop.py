@@ -97,6 +97,8 @@ class TaskLoop:
         log_every: steps between metrics on disk.
         save_seconds: longest time between checkpoints.
         keys: entries of a batch that the step reads.
+        seconds: from the end of each step to the end of the next, filled by `run`; the first step,
+            which may compile, is in none of them.
     """
 
     step: Any
@@ -109,6 +111,7 @@ class TaskLoop:
     log_every: int = 10
     save_seconds: float = 300.0
     keys: tuple[str, ...] = STEP_KEYS
+    seconds: list[float] = dataclasses.field(default_factory=list, init=False)
 
     def run(self, title, batches, trainable, opt_state, frozen, aux, mask, start, total):
         """Steps `start` to `total`; returns (trainable, opt_state).
@@ -120,13 +123,17 @@ class TaskLoop:
         """
         pending: collections.deque = collections.deque()
         progress = Progress(title, total, start)
-        saved = time.monotonic()
+        saved, ended = time.monotonic(), None
 
         def settle(keep: int) -> None:
+            nonlocal ended
             # Metrics are read a step late, so that the device never waits for the host.
             while len(pending) > keep:
                 number, metrics, batch = pending.popleft()
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                before, ended = ended, time.monotonic()
+                if before is not None:
+                    self.seconds.append(ended - before)
                 bad = [f"{k} is {v}" for k, v in values.items() if not np.isfinite(v)]
                 if bad:
                     raise Diverged(f"{title}: {', '.join(bad)} at step {number + 1}; "

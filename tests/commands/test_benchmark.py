@@ -14,7 +14,7 @@ def test_embed_suite_compares_equal_outputs(tmp_path):
     pytest.importorskip("transformers")
     report, shown = benchmark.benchmark("embed", Options("tiny", repeats=2))
     (tmp_path / "bench.json").write_text(json.dumps(report))
-    assert len(report["cases"]) == 6 and len(shown.splitlines()) == 2 + 6
+    assert len(report["cases"]) == 6 and len(shown.table.splitlines()) == 2 + 6
     for case in report["cases"]:
         assert case["difference"] < 1e-5
         assert all(second > 0 for seconds in case["measured"].values() for second in seconds)

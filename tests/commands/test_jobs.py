@@ -46,6 +46,16 @@ def run(tmp_path, *described, parallel=1):
                          for name, s, code in described], parallel, tmp_path / "log", lock)
 
 
+def test_a_job_has_the_variables_it_asks_for_and_those_of_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONE", "kept")
+    monkeypatch.setenv("TWO", "replaced")
+    (tmp_path / "tell.py").write_text("import os; print(os.environ['ONE'], os.environ['TWO'])")
+    with jobs.locked(tmp_path) as lock:
+        jobs.run([jobs.Job("a", "tell", "tell", (), {"TWO": "own"})], 1, tmp_path / "log", lock)
+    assert (tmp_path / "log" / "a.log").read_text().splitlines()[-1] == "kept own"
+    assert os.environ["TWO"] == "replaced"
+
+
 def spans(tmp_path):
     return {path.stem: (float(path.read_text()), float(path.with_suffix(".ended").read_text()))
             for path in tmp_path.glob("*.began")}

@@ -2,6 +2,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from conftest import write_table
+from data_pipelines.corpora import scenes
 from data_pipelines.streams import build_stream
 
 
@@ -42,6 +43,23 @@ def test_labels_make_tasks_of_one_folder(root):
     assert {clip.label for clip in a.train.clips} == {"a"}
     assert {clip.label for clip in b.train.clips} == {"b"}
     assert len(a.test.clips) + len(b.test.clips) == 4
+
+
+def test_embedded_tasks_of_one_corpus_share_its_folder(root, monkeypatch):
+    asked = []
+
+    def generate(directory, settings, corpora):
+        asked.extend(corpora)
+        return {"bbc_like": root / "one", "clotho_like": root / "two"}
+
+    monkeypatch.setattr(scenes, "generate", generate)
+    tasks = [{"name": "bbc_like"}, {"name": "clotho_like"}, {"name": "b2", "folder": "bbc_like"}]
+    first, second, third = build_stream({"kind": "embedded", "tasks": tasks}).tasks
+    assert asked == ["bbc_like", "clotho_like"]
+    assert [task.name for task in (first, second, third)] == ["bbc_like", "clotho_like", "b2"]
+    assert third.train.clips == first.train.clips != second.train.clips
+    with pytest.raises(ValueError, match="names are not unique: bbc_like, bbc_like"):
+        build_stream({"kind": "embedded", "tasks": tasks[:1] * 2})
 
 
 def test_limit_takes_a_subset_that_ids_alone_decide_and_that_grows(root):
