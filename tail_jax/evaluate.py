@@ -7,6 +7,7 @@ The run may be finished or still be training. Nothing in its folder changes.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 
@@ -15,8 +16,9 @@ from absl import flags
 from tail_jax import cli, methods, settings
 from tail_jax.backbone import load_tuning
 from tail_jax.evaluation.retrieval import DIRECTIONS, METRICS, evaluate_row
+from tail_jax.methods.base import State
 from tail_jax.reporting.writers import write_json_atomic
-from tail_jax.run import open_run
+from tail_jax.run import Run, open_run
 from tail_jax.training import sharding
 from tail_jax.training.checkpoints import check_same_structure
 
@@ -30,8 +32,10 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
         task: number of tasks trained on, 0 is the pretrained model; by default the last there is.
 
     Returns:
-        {"task": m, "split": ..., "tasks": [...], "row": {direction/metric/pool/index: [...]}}.
-        Stale galleries exist for the split that the run measures only.
+        {"task": m, "split": ..., "tasks": [...], "row": {direction/metric/pool/index: [...]},
+        "routed": {}}. Stale galleries exist for the split that the run measures only. Of a method
+        that routes, `routed` has {audio, text: the share of each task's items given their own
+        task, for the tasks trained on}.
 
     Raises:
         ValueError: if there is no such run or task, or its files are damaged or of another run.
@@ -63,7 +67,19 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
     fresh = run.embed(state) if task else run.embed_backbone()
     stale = run.galleries(task) if split == own_split else [None] * len(fresh)
     return {"task": task, "split": split, "tasks": [t.name for t in run.stream.tasks],
-            "row": evaluate_row(fresh, stale, task)}
+            "row": evaluate_row(fresh, stale, task),
+            "routed": routed(run, state, task) if task and run.method.routes else {}}
+
+
+def routed(run: Run, state: State, tasks: int) -> dict[str, list[float]]:
+    """{audio, text: [share of items whose largest weight is that of their own task]}."""
+    shares: dict[str, list[float]] = {"audio": [], "text": []}
+    for number, reader in enumerate(run.tests[:tasks]):
+        data = run.task_data(reader, number, hook=0)
+        for side, read in (("audio", data.map_audio), ("text", data.map_text)):
+            weights = read(functools.partial(run.method.tasks_of, side), state)
+            shares[side].append(float((weights.argmax(1) == number).mean()))
+    return shares
 
 
 def text(report: dict) -> str:
@@ -77,6 +93,9 @@ def text(report: dict) -> str:
                 shown = "".join(f"{v if m == 'MedR' else 100 * v:>8.1f}"
                                 for m, v in zip(METRICS, values))
                 lines.append(f"{direction:<15}{pool:<7}{name:<20}{shown}")
+    for side, shares in report["routed"].items():
+        lines += [f"{side} given its own task: " + ", ".join(
+            f"{name} {100 * share:.1f}" for name, share in zip(report["tasks"], shares))]
     return "\n".join([*lines, "", "own: among clips and captions of the task; all: of all tasks"])
 
 

@@ -50,6 +50,7 @@ class Method:
     has_teacher = False  # True: `aux` has a `teacher` tree, see `distillation.Taught`
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
     own_encode = False   # True: `encode` does more than `resolve` can say
+    routes = False       # True: `tasks_of` says which task's part of the tree an item is given
 
     # --- state -------------------------------------------------------------------------------
 
@@ -138,6 +139,10 @@ class Method:
     def encode(self, side, model, trainable, frozen, aux, batch, key=None) -> dict[str, Any]:
         """What the tower `side` ('audio' or 'text') gives for a batch, each row alone."""
         return model.encode(side, *self.resolve(model, trainable, frozen), batch, key=key)
+
+    def tasks_of(self, side, model, trainable, frozen, aux, batch) -> jax.Array:
+        """Weights [B, tasks] of the tasks' parts in what embeds each row; of methods that route."""
+        raise NotImplementedError  # a hook without a default: few methods route
 
     def embed_audio(self, model, trainable, frozen, aux, batch, key=None) -> jax.Array:
         """Unit audio embeddings [B, d] of `batch['audio']`, each row alone."""

@@ -58,6 +58,7 @@ class PTATPlus(Pool):
     tasks: int = 0
 
     embedding_aux = ("task", "routers")
+    routes = True
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))  # a list where it came from a file
@@ -154,7 +155,7 @@ class PTATPlus(Pool):
 
     # --- the step ----------------------------------------------------------------------------
 
-    def tasks_of(self, side, model, frozen, aux, batch) -> jax.Array:
+    def tasks_of(self, side, model, trainable, frozen, aux, batch):
         """Weights over tasks [B, M] of each row: the router's posterior, or one 1."""
         router = aux["routers"][side]
         if self._counts_words(side):
@@ -168,7 +169,7 @@ class PTATPlus(Pool):
             own = jax.tree.map(lambda x: x[aux["task"]], trainable["pool"])
             return self._tuned(own, model, side)
         trees = jax.vmap(lambda tree: self._tuned(tree, model, side))(trainable["pool"])
-        weights = self.tasks_of(side, model, frozen, aux, batch)
+        weights = self.tasks_of(side, model, trainable, frozen, aux, batch)
         return jax.tree.map(lambda x: jnp.einsum("bm,m...->b...", weights, x), trees)
 
     def _tuned(self, tree: dict, model, side: str) -> tuple[dict, dict | None]:

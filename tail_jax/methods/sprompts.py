@@ -40,6 +40,7 @@ class SPrompts(Pool):
 
     group = "prompts"
     embedding_aux = ("task", "centroids")
+    routes = True
 
     def __post_init__(self):
         if self.centroids < 1:
@@ -77,9 +78,16 @@ class SPrompts(Pool):
         if training:  # no batch axis: all rows are of the current task
             own = jax.tree.map(lambda x: x[aux["task"]], tasks)
             return prompt_tuning(self.prompts, model, own)[side], {}
-        chosen = pools.nearest_task(pools.query(side, model, frozen, batch),
-                                    aux["centroids"][side], aux["task"] + 1)
+        chosen = self._nearest(side, model, frozen, aux, batch)
         tuning = jax.vmap(lambda p: prompt_tuning(self.prompts, model, p))(tasks)[side]
         # Masks are the same for all tasks; prompts are [tasks, ...].
         return {name: jax.tree.map(lambda x: x[0] if name == "prompts_mask" else x[chosen], leaf)
                 for name, leaf in tuning.items()}, {}
+
+    def _nearest(self, side, model, frozen, aux, batch):
+        """Tasks [B] whose centroid is nearest to the row's query."""
+        return pools.nearest_task(pools.query(side, model, frozen, batch), aux["centroids"][side],
+                                  aux["task"] + 1)
+
+    def tasks_of(self, side, model, trainable, frozen, aux, batch):
+        return jax.nn.one_hot(self._nearest(side, model, frozen, aux, batch), max(self.tasks, 1))

@@ -1,6 +1,7 @@
 """PTAT-plus: its routers against scikit-learn, its trees, its budget."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from sklearn.naive_bayes import MultinomialNB
 
 from configs import tail_clap
 from tail_jax import backbone as backbones
-from tail_jax import cli, methods, settings
+from tail_jax import cli, evaluate, methods, settings
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 from tail_jax.models.htsat import HTSATConfig
 from tail_jax.training.checkpoints import load_tree, save_tree
+from tail_jax.run import open_run
 from tail_jax.train import train
 from tail_jax.tuning import routers
 from tail_jax.tuning.masks import count
@@ -141,7 +143,7 @@ def test_an_item_is_embedded_by_the_mean_tree_of_its_own_posterior(name, setting
     model, state = MODELS[name], trained(method, name, task=1)
     rows = batch(model)
     weights = np.asarray(jax.jit(functools.partial(method.tasks_of, side, model))(
-        params(name), state["aux"], rows))
+        state["trainable"], params(name), state["aux"], rows))
     assert weights.shape == (ROWS, TASKS) and not weights[:, 2].any()
     got = embed(method, name, state, rows, side)
     tuned = [method._tuned(jax.tree.map(lambda x: x[m], state["trainable"]["pool"]), model, side)
@@ -220,3 +222,21 @@ def test_four_tasks_on_clap_are_within_the_budget_of_ptat():
 def test_wrong_settings_are_errors_that_name_them(field, value, message):
     with pytest.raises(ValueError, match=message):
         methods.build({"name": "ptat_plus", field: value}, 2)
+
+
+@pytest.mark.parametrize("name", ["ptat_plus", "sprompts"])
+def test_evaluation_tells_how_often_an_item_is_given_its_own_task(tiny_config, tmp_path, name):
+    train(tiny_config(name, tasks=2, **{"train.duration": "1 steps"}), tmp_path)
+    first, both = (evaluate.evaluate(tmp_path, task=m)["routed"] for m in (1, 2))
+    assert first == {"audio": [1.0], "text": [1.0]}  # no other task to be given
+    # By hand, from what the tuning file holds and the readers give.
+    run = open_run(json.loads((tmp_path / "config.json").read_text()), tmp_path)
+    tree, _ = load_tree(tmp_path / "tuning" / "task_2.safetensors")
+    trainable, aux = run.method.restored(tree)
+    for number, reader in enumerate(run.tests):
+        rows = {"token_ids": reader.token_ids, "token_mask": reader.token_mask}
+        weights = run.method.tasks_of("text", run.model, trainable, run.frozen, aux, rows)
+        right = np.asarray(weights).argmax(1) == number
+        assert both["text"][number] == pytest.approx(right.mean())
+    assert len(both["audio"]) == 2 and all(0 <= x <= 1 for x in both["audio"])
+    assert "given its own task" in evaluate.text(evaluate.evaluate(tmp_path))
