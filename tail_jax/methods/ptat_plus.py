@@ -120,6 +120,10 @@ class PTATPlus(Pool):
             return routers.audio_features(model, frozen, batch)
         return routers.final_features(side, model, frozen, batch)
 
+    def _read(self, model, trainable, frozen, aux, batch):
+        """`_features` as `TaskData` takes them; one function, so that it is compiled once."""
+        return self._features("audio" if "audio" in batch else "text", model, frozen, batch)
+
     def begin_task(self, state, task, data):
         state = with_task(super().begin_task(state, task, data), task)
         if self.warm_start and task:
@@ -135,8 +139,7 @@ class PTATPlus(Pool):
                 weight = router[side]["weight"].at[task].set(jnp.asarray(log_p, jnp.float32))
                 router[side] = router[side] | {"weight": weight}
                 continue
-            features = read(lambda model, trainable, frozen, aux, batch, side=side:
-                            self._features(side, model, frozen, batch), state)
+            features = read(self._read, state)
             statistics[side] = routers.add_task(statistics[side], task, features)
             router[side] = routers.discriminant(statistics[side])
         return state | {"aux": state["aux"] | {"routers": router, "statistics": statistics}}

@@ -56,14 +56,17 @@ class SPrompts(Pool):
                                     pools.query_width(getattr(model, side)))) for side in SIDES}
         return state | {"aux": state["aux"] | {"centroids": centres}}
 
+    def _read(self, model, trainable, frozen, aux, batch):
+        """Queries as `TaskData` takes them; one function, so that it is compiled once."""
+        return pools.query("audio" if "audio" in batch else "text", model, frozen, batch)
+
     def begin_task(self, state, task, data):
         state = with_task(super().begin_task(state, task, data), task)
         if data is None:
             return state
         centres = dict(state["aux"]["centroids"])
         for side, read in (("audio", data.map_audio), ("text", data.map_text)):
-            features = read(lambda model, trainable, frozen, aux, batch, side=side: pools.query(
-                side, model, frozen, batch), state)
+            features = read(self._read, state)
             own = pools.centroids(features, self.centroids, data.seed)
             centres[side] = centres[side].at[task].set(own)
         return state | {"aux": state["aux"] | {"centroids": centres}}
