@@ -52,7 +52,9 @@ def defaults(name: str) -> dict:
         ValueError: if there is no such method.
     """
     if name not in METHODS:
-        raise ValueError(f"no method {name!r}; expected one of {[*METHODS]}")
+        named = ", ".join(known for known in METHODS if known not in ABLATIONS)
+        raise ValueError(f"no method {name!r}; expected one of {named}, or an ablation "
+                         "(methods/ablations.py)")
     return {"name": name} | dataclasses.asdict(METHODS[name]())
 
 
