@@ -120,9 +120,13 @@ class PTATPlus(Pool):
             return routers.audio_features(model, frozen, batch)
         return routers.final_features(side, model, frozen, batch)
 
-    def _read(self, model, trainable, frozen, aux, batch):
-        """`_features` as `TaskData` takes them; one function, so that it is compiled once."""
-        return self._features("audio" if "audio" in batch else "text", model, frozen, batch)
+    # As `TaskData` takes them; the same functions in every task, so that they are compiled once.
+
+    def _read_audio(self, model, trainable, frozen, aux, batch):
+        return self._features("audio", model, frozen, batch)
+
+    def _read_text(self, model, trainable, frozen, aux, batch):
+        return self._features("text", model, frozen, batch)
 
     def begin_task(self, state, task, data):
         state = with_task(super().begin_task(state, task, data), task)
@@ -132,14 +136,15 @@ class PTATPlus(Pool):
         if data is None:
             return state
         router, statistics = dict(state["aux"]["routers"]), dict(state["aux"]["statistics"])
-        for side, read in (("audio", data.map_audio), ("text", data.map_text)):
+        for side, read, function in (("audio", data.map_audio, self._read_audio),
+                                     ("text", data.map_text, self._read_text)):
             if self._counts_words(side):
                 log_p = routers.word_log_probabilities(
                     data.reader.token_ids, data.reader.token_mask, data.model.text.vocab_size)
                 weight = router[side]["weight"].at[task].set(jnp.asarray(log_p, jnp.float32))
                 router[side] = router[side] | {"weight": weight}
                 continue
-            features = read(self._read, state)
+            features = read(function, state)
             statistics[side] = routers.add_task(statistics[side], task, features)
             router[side] = routers.discriminant(statistics[side])
         return state | {"aux": state["aux"] | {"routers": router, "statistics": statistics}}

@@ -56,17 +56,22 @@ class SPrompts(Pool):
                                     pools.query_width(getattr(model, side)))) for side in SIDES}
         return state | {"aux": state["aux"] | {"centroids": centres}}
 
-    def _read(self, model, trainable, frozen, aux, batch):
-        """Queries as `TaskData` takes them; one function, so that it is compiled once."""
-        return pools.query("audio" if "audio" in batch else "text", model, frozen, batch)
+    # As `TaskData` takes them; the same functions in every task, so that they are compiled once.
+
+    def _read_audio(self, model, trainable, frozen, aux, batch):
+        return pools.query("audio", model, frozen, batch)
+
+    def _read_text(self, model, trainable, frozen, aux, batch):
+        return pools.query("text", model, frozen, batch)
 
     def begin_task(self, state, task, data):
         state = with_task(super().begin_task(state, task, data), task)
         if data is None:
             return state
         centres = dict(state["aux"]["centroids"])
-        for side, read in (("audio", data.map_audio), ("text", data.map_text)):
-            features = read(self._read, state)
+        for side, read, function in (("audio", data.map_audio, self._read_audio),
+                                     ("text", data.map_text, self._read_text)):
+            features = read(function, state)
             own = pools.centroids(features, self.centroids, data.seed)
             centres[side] = centres[side].at[task].set(own)
         return state | {"aux": state["aux"] | {"centroids": centres}}

@@ -94,7 +94,7 @@ def test_lora_of_clap_has_two_matrices_for_each_query_and_value():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"rank": 0}, "method.rank is 0"), ({"layers": ("up",)}, "method.layers is"),
+    ({"rank": 0}, "method.rank is 0"), ({"layers": ("upper",)}, "method.layers is"),
     ({"layers": ()}, "method.layers is")])
 def test_wrong_lora_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
