@@ -82,3 +82,6 @@ def _check(config: Mapping, known: Mapping, where: str) -> None:
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"{where} has no settings {unknown}; expected some of {[*known]}")
+    for name, value in config.items():  # rates, weights, sizes, counts: none has a use below 0
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{where}.{name} is {value}; expected 0 or more")

@@ -39,7 +39,8 @@ class Replay(Sequential):
 
     Attributes:
         capacity: K, pairs.
-        replay_share: part of a batch that comes from the memory, rounded down to whole rows.
+        replay_share: part of a batch that comes from the memory, rounded down to whole rows; one at
+            the least, where that leaves a new pair.
     """
 
     capacity: int = 500
@@ -86,8 +87,10 @@ class Replay(Sequential):
                 "caption_key": hashes(reader.split, captions), "mask": np.ones(len(pairs), bool)}
 
     def replay_rows(self, state, batch_size):
-        filled = np.asarray(state["memory"]["mask"]).any()
-        return int(batch_size * self.replay_share) if filled else 0
+        if not self.replay_share or not np.asarray(state["memory"]["mask"]).any():
+            return 0
+        # One at least, or a small batch would replay nothing without a word; and one new pair.
+        return min(max(int(batch_size * self.replay_share), 1), batch_size - 1)
 
     def replay(self, state, batch, rows, reader, random):
         memory = {name: np.asarray(values) for name, values in state["memory"].items()}

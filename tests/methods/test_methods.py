@@ -83,7 +83,10 @@ def objective(method, trainable, aux, outputs):
     ({"name": "prompts", "prompts": {"length": 0}}, "prompts.length is 0"),
     ({"name": "ptat", "similarity_form": "kl"}, "method.similarity_form is 'kl'"),
     ({"name": "ptat", "feature_form": "l1"}, "method.feature_form is 'l1'"),
-    ({"name": "ptat", "feature_temperature": 0}, "method.feature_temperature is 0")])
+    ({"name": "ptat", "feature_temperature": 0}, "method.feature_temperature is 0"),
+    ({"name": "ewc", "penalty_weight": -1.0}, "method.penalty_weight is -1.0; expected 0 or more"),
+    ({"name": "l2p", "learning_rate": float("nan")}, "method.learning_rate is nan"),
+    ({"name": "ptat", "prompts": {"first_layer": -1}}, "method.prompts.first_layer is -1")])
 def test_wrong_settings_are_errors_that_name_them(config, message):
     with pytest.raises(ValueError, match=message):
         methods.build(config)

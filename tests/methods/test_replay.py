@@ -130,7 +130,7 @@ def test_same_seed_gives_the_same_memory_and_another_seed_another():
 # --- The batch ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size, rows", [(128, 32), (8, 2), (7, 1), (3, 0)])
+@pytest.mark.parametrize("batch_size, rows", [(128, 32), (8, 2), (7, 1), (3, 1), (2, 1), (1, 0)])
 def test_a_quarter_of_the_batch_is_replayed_from_the_second_task_on(batch_size, rows):
     method = methods.build({"name": "er"})
     assert method.replay_rows(after(method), batch_size) == 0
