@@ -97,22 +97,35 @@ class SplitReader:
     Making one encodes the captions, and decodes every clip once (features are computed in the same
     pass, where they are kept); a second reader of the same files finds both on disk.
 
+    Args:
+      split, settings: the clips, and how they and their captions become arrays.
+      tokenizer: of the captions; None: no text, and a clip is one pair.
+      classes: names in the order of their numbers; () for batches without labels.
+
     Attributes:
       split: the clips that can be used; the `clip_id` of a batch is a row of `split.clips`, the
         `caption_id` a row of `split.captions`.
       problems: clips left out with on_error="skip", as rows of the split that was given.
-      pairs: int32 [pairs, 2], (clip row, caption row) of every caption.
-      token_ids, token_mask: int32 and bool [captions, tokens].
-      caption_key: int32 [captions], equal where and only where normalised captions are equal.
+      labels: int32 [clips], the number of each clip's class; None without classes.
+      pairs: int32 [pairs, 2], (clip row, caption row) of every caption; without text, (row, row).
+      token_ids, token_mask: int32 and bool [captions, tokens]; None without text.
+      caption_key: int32 [captions], equal where and only where normalised captions are; or None.
 
     Raises:
       AudioError: with on_error="raise", one error that names all files that cannot be used.
-      ValueError: the split has no clips, or none that can be used.
+      ValueError: no clips, none that can be used, clips of other classes.
     """
 
-    def __init__(self, split: Split, tokenizer: Tokenizer, settings: DataSettings):
+    def __init__(
+        self,
+        split: Split,
+        tokenizer: Tokenizer | None,
+        settings: DataSettings,
+        classes: Sequence[str] = (),
+    ):
         self.settings = settings
         self._given = split
+        labels = _class_numbers(split, classes) if classes else None
         if not split.clips:
             raise ValueError(
                 f"corpus '{split.corpus}': split '{split.name}' has no clips; expected at least one"
@@ -133,11 +146,14 @@ class SplitReader:
             )
         self.split = dataclasses.replace(split, clips=kept)
         self._rows_of = {first: self._renumber(rows)}
-        self.token_ids, self.token_mask = tokenizer.encode(self.split.captions, settings.max_tokens)
-        self.caption_key = caption_keys(self.split.captions)
-        self.pairs = np.stack(
-            [self.split.caption_clip, np.arange(len(self.split.captions), dtype=np.int32)], axis=1
-        )
+        self.labels = np.delete(labels, [p.row for p in self.problems]) if classes else None
+        self.token_ids = self.token_mask = self.caption_key = None
+        pair_clip = np.arange(len(kept), dtype=np.int32)
+        if tokenizer is not None:
+            texts, pair_clip = self.split.captions, self.split.caption_clip
+            self.token_ids, self.token_mask = tokenizer.encode(texts, settings.max_tokens)
+            self.caption_key = caption_keys(texts)
+        self.pairs = np.stack([pair_clip, np.arange(len(pair_clip), dtype=np.int32)], axis=1)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the number of batches that hold every pair once, the last one padded."""
@@ -164,9 +180,10 @@ class SplitReader:
           host_index, host_count: this host gets rows [i B/H, (i + 1) B/H) of each global batch.
 
         Yields:
-          audio [B/H, frames, mels] float32; token_ids [B/H, tokens] int32; token_mask bool;
-          clip_id, caption_id, caption_key [B/H] int32; mask [B/H] bool, False on the rows that
-          fill the last batch of an epoch, which are zero in all arrays. The audio is read-only.
+          audio [B/H, frames, mels] float32; with a tokenizer token_ids [B/H, tokens] int32,
+          token_mask bool, caption_id, caption_key [B/H] int32; with classes label [B/H] int32;
+          clip_id [B/H] int32; mask [B/H] bool, False on the rows that fill the last batch of an
+          epoch, which are zero in all arrays. The audio is read-only.
         """
         if batch_size < 1 or host_count < 1 or batch_size % host_count:
             raise ValueError(
@@ -194,7 +211,10 @@ class SplitReader:
         def fields(step: int) -> Batch:
             _, pairs, mask = place(step)
             clip, caption = self.pairs[pairs].T
-            return _masked(mask, clip_id=clip, caption_id=caption, **self._text(caption))
+            arrays = {} if self.token_ids is None else self._text(caption)
+            if self.labels is not None:
+                arrays["label"] = self.labels[clip]
+            return _masked(mask, clip_id=clip, **arrays)
 
         def locate(slot: int) -> tuple[int, Callable[[int, int], int]] | None:
             step, i = divmod(int(slot), local)
@@ -282,14 +302,17 @@ class SplitReader:
           on the rows that fill the last batch.
         """
         _check_batch_size(batch_size)
+        if self.token_ids is None:
+            raise ValueError(f"corpus '{self.split.corpus}' is read without a tokenizer: no text")
         total = len(self.split.captions)
         # Slices of arrays in memory: tf.data would only add threads and copies.
         for step in range(_ceil_divide(total, batch_size)):
             caption, mask = _slots(step, batch_size, total)
-            yield _masked(mask, caption_id=caption, **self._text(caption))
+            yield _masked(mask, **self._text(caption))
 
     def _text(self, caption: np.ndarray) -> Batch:
         return {
+            "caption_id": caption,
             "token_ids": self.token_ids[caption],
             "token_mask": self.token_mask[caption],
             "caption_key": self.caption_key[caption],
@@ -401,6 +424,18 @@ class SplitReader:
                     raise failures[0] from None
                 raise
             yield {"audio": values, **fields(step)}
+
+
+def _class_numbers(split: Split, classes: Sequence[str]) -> np.ndarray:
+    """Returns int32 [clips]: the number of each clip's label in `classes`."""
+    numbers = dict(zip(classes, range(len(classes))))
+    unknown = sorted({clip.label for clip in split.clips} - numbers.keys())
+    if unknown:
+        raise ValueError(
+            f"corpus '{split.corpus}': split '{split.name}' has clips of the classes "
+            f"{', '.join(map(repr, unknown))}; expected some of the {len(classes)} that were given"
+        )
+    return np.array([numbers[clip.label] for clip in split.clips], np.int32)
 
 
 def merge_splits(splits: Sequence[Split]) -> Split:

@@ -1,29 +1,37 @@
 """An ordered list of tasks from a plain description."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from data_pipelines.corpora import SPLIT_NAMES, Corpus, Split, scenes
+from data_pipelines.corpora import SPLIT_NAMES, Corpus, choose_clips, labelled, scenes
 from data_pipelines.corpora.folder import read_folder
+from data_pipelines.sessions import Cut, cut_sessions
 
 _STREAM_KEYS = ("kind", "name", "root", "tasks", "scenes", "order", "limit")
 _TASK_KEYS = ("name", "folder", "labels")
+_CUT_KEYS = tuple(field.name for field in dataclasses.fields(Cut))
+_CLASS_KEYS = ("kind", "name", "corpus", "root", "folder", "label", *_CUT_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Tasks in the order of training. Task names are unique."""
+    """Tasks in the order of training. Task names are unique.
+
+    Attributes:
+      classes: of a stream of classes, the names of all in the order in which they come, so that
+        the clips of a task have labels from one stretch of it; () for text and audio.
+    """
 
     name: str
     tasks: tuple[Corpus, ...]
+    classes: tuple[str, ...] = ()
 
 
 def build_stream(spec: Mapping) -> Stream:
     """Builds a stream from its description (a dict, or a ConfigDict).
 
-    Keys of `spec`:
+    Keys of `spec` for text and audio:
       kind: "folders", caption folders on disk (what `data_pipelines.build` writes is one, too), or
         "embedded", the synthetic corpora of `corpora.scenes`, generated where they are not yet.
       name: of the stream; by default the kind.
@@ -37,15 +45,34 @@ def build_stream(spec: Mapping) -> Stream:
       limit: most clips of a split, 0 for all. The subset depends on the ids of the clips alone,
         and a smaller one is part of a larger one.
 
+    Keys of `spec` for classes, one corpus cut into sessions, the tasks:
+      kind: "classes".
+      name: of the stream, which is part of the seeds of split and order; by default the corpus, or
+        the name of the folder.
+      corpus: one of `corpora.labelled`: "esc50", "us8k", "sc2", "timit", "vocalset" in their
+        official layouts, or "folder", a caption folder.
+      root, folder: where it lies, `folder` relative to `root`; by default the working directory.
+      label: of a caption folder, the column that holds the class, by default `label`, or several
+        joined by +: `speaker+label`.
+      sessions or classes_per_session, and classes, first, order_seed, order_file, split,
+        split_seed, valid, limit: as in `sessions.Cut`. `split` is "random", "grouped" (fold 5 of
+        ESC-50, folds 9 and 10 of UrbanSound8K, the lists of Speech Commands and of VocalSet's
+        singers) or "own" (the column of a caption folder). VocalSet takes 98 clips a technique,
+        and all techniques but `spoken`, unless `limit` and `classes` say other.
+
     Raises:
       FileNotFoundError: a folder or its table is missing.
-      ValueError: an unknown key or kind, a missing or doubled task, an order that is not a
-        permutation, a negative limit, or a faulty table.
+      ValueError: an unknown key, kind, corpus or split, a missing or doubled task, an order that is
+        not a permutation, a negative limit, or a faulty table; for classes also what
+        `sessions.cut_sessions` raises.
     """
-    _check_keys("stream", spec, _STREAM_KEYS)
     kind = spec.get("kind")
-    if kind not in _KINDS:
-        raise ValueError(f"stream.kind is {kind!r}, expected one of: {', '.join(_KINDS)}")
+    if kind not in (*_KINDS, "classes"):
+        kinds = ", ".join((*_KINDS, "classes"))
+        raise ValueError(f"stream.kind is {kind!r}, expected one of: {kinds}")
+    if kind == "classes":
+        return _class_stream(spec)
+    _check_keys("stream", spec, _STREAM_KEYS)
     corpora = _KINDS[kind](spec)
     names = [corpus.name for corpus in corpora]
     if len(set(names)) != len(names):
@@ -92,6 +119,38 @@ def _embedded_corpora(spec: Mapping) -> list[Corpus]:
     return [read_folder(folders[corpus], name) for name, corpus in tasks]
 
 
+def _class_stream(spec: Mapping) -> Stream:
+    _check_keys("stream", spec, _CLASS_KEYS)
+    known = labelled.CORPORA.get(spec.get("corpus"))
+    if known is None:
+        raise ValueError(
+            f"stream.corpus is {spec.get('corpus')!r}, expected one of: "
+            f"{', '.join(labelled.CORPORA)}"
+        )
+    given = {key: spec.get(key) for key in _CUT_KEYS if spec.get(key) is not None}
+    given["classes"] = tuple(given.get("classes") or known.classes)
+    cut = Cut(**{"limit": known.limit} | given)
+    splits = ("random", *known.splits)
+    if cut.split not in splits:
+        raise ValueError(
+            f"stream.split is {cut.split!r}, expected for {spec['corpus']}: {' or '.join(splits)}"
+        )
+    if spec.get("label") and not known.columns:
+        raise ValueError(f"stream.label is {spec['label']!r}, but {spec['corpus']} has one class a "
+                         "clip; expected it for folder alone")  # fmt: skip
+    columns = {"label": spec["label"]} if spec.get("label") else {}
+    root = pathlib.Path(spec.get("root") or ".") / (spec.get("folder") or "")
+    corpus = known.read(root, **columns)
+    if cut.split in known.splits and not corpus.test.clips:
+        raise ValueError(
+            f"stream.split is {cut.split!r}, but '{root}' has no test clips: "
+            f"{known.splits[cut.split]}; expected them, or split 'random'"
+        )
+    name = spec.get("name") or corpus.name
+    classes, sessions = cut_sessions(corpus, name, cut)
+    return Stream(name, sessions, classes)
+
+
 _KINDS = {"folders": _folder_corpora, "embedded": _embedded_corpora}
 
 
@@ -102,17 +161,11 @@ def _check_keys(where: str, spec: Mapping, known: Sequence[str]) -> None:
 
 
 def _limit(corpus: Corpus, limit: int) -> Corpus:
-    splits = {
-        name: _limit_split(getattr(corpus, name), limit) for name in SPLIT_NAMES
-    }
-    return dataclasses.replace(corpus, **splits)
-
-
-def _limit_split(split: Split, limit: int) -> Split:
-    if not limit or len(split.clips) <= limit:
-        return split
-    ranked = sorted(split.clips, key=lambda clip: hashlib.sha1(clip.id.encode()).hexdigest())
-    chosen = {clip.id for clip in ranked[:limit]}
+    splits = {name: getattr(corpus, name) for name in SPLIT_NAMES}
     return dataclasses.replace(
-        split, clips=tuple(clip for clip in split.clips if clip.id in chosen)
+        corpus,
+        **{
+            name: dataclasses.replace(split, clips=choose_clips(split.clips, limit))
+            for name, split in splits.items()
+        },
     )

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -19,7 +21,8 @@ class Clip:
       path: the audio file.
       captions: one or more sentences that describe it.
       label: class name, "" where the corpus has no classes.
-      group: id of the source recording, "" where unknown; a group lies in one split.
+      group: id of the source recording, "" where unknown; a group lies in one split, except where
+        a stream of classes splits at random (`sessions`).
     """
 
     id: str
@@ -61,6 +64,26 @@ class Corpus:
     train: Split
     valid: Split
     test: Split
+
+
+def make_corpus(name: str, clips: Iterable[tuple[str, Clip]]) -> Corpus:
+    """Returns a corpus of (split name, clip), each split in the order given."""
+    parts: dict[str, list[Clip]] = {split: [] for split in SPLIT_NAMES}
+    for split, clip in clips:
+        parts[split].append(clip)
+    return Corpus(name, **{split: Split(name, split, tuple(parts[split])) for split in SPLIT_NAMES})
+
+
+def choose_clips(clips: Sequence[Clip], limit: int) -> tuple[Clip, ...]:
+    """Returns at most `limit` clips (all for 0), in their order.
+
+    The choice depends on the ids alone, and a smaller one is part of a larger one.
+    """
+    if not limit or len(clips) <= limit:
+        return tuple(clips)
+    ranked = sorted(clips, key=lambda clip: hashlib.sha1(clip.id.encode()).hexdigest())
+    chosen = {clip.id for clip in ranked[:limit]}
+    return tuple(clip for clip in clips if clip.id in chosen)
 
 
 def normalise_caption(text: str) -> str:

@@ -8,19 +8,23 @@ import pathlib
 from collections.abc import Sequence
 
 from data_pipelines import listing
-from data_pipelines.corpora import SPLIT_NAMES, Clip, Corpus, Split
+from data_pipelines.corpora import SPLIT_NAMES, Clip, Corpus, make_corpus
 from data_pipelines.corpora.tables import read_rows
 
 COLUMNS = ("file_name", "caption", "label", "group", "split")
 
 
-def read_folder(root, name: str | None = None, labels: Sequence[str] | None = None) -> Corpus:
+def read_folder(
+    root, name: str | None = None, labels: Sequence[str] | None = None, label: str = "label"
+) -> Corpus:
     """Reads the metadata of a caption folder; audio files are not opened.
 
     Args:
       root: the folder that holds `metadata.csv`; file names in it are relative to this folder.
       name: name of the corpus, by default the name of the folder.
       labels: keep only clips with one of these labels; by default all clips.
+      label: the column that becomes `Clip.label`, or several joined by +, as their values are then
+        (`speaker+label`: `george+zero`).
 
     Returns:
       The corpus; clips in the order of their first row, `Clip.id` is the file name. A split
@@ -48,28 +52,33 @@ def read_folder(root, name: str | None = None, labels: Sequence[str] | None = No
             f"expected a table with the columns {', '.join(COLUMNS)}"
         )
     name = name or root.resolve().name
-    clips = _collect(read_rows(table, COLUMNS), table)
+    columns = label.split("+")
+    rows = read_rows(table, tuple(dict.fromkeys((*COLUMNS, *columns))))
+    clips = _collect([(line, row, _joined(row, columns)) for line, row in rows], table)
     if labels is not None:
         clips = _select(clips, labels, table)
-    splits = {
-        split: Split(
-            name,
-            split,
-            tuple(
+    return make_corpus(
+        name,
+        (
+            (
+                clip["split"],
                 Clip(
                     id=file_name,
                     path=root / file_name,
                     captions=tuple(clip["captions"]),
                     label=clip["label"],
                     group=clip["group"],
-                )
-                for file_name, clip in clips.items()
-                if clip["split"] == split
-            ),
-        )
-        for split in SPLIT_NAMES
-    }
-    return Corpus(name, **splits)
+                ),
+            )
+            for file_name, clip in clips.items()
+        ),
+    )
+
+
+def _joined(row: dict[str, str], columns: Sequence[str]) -> str:
+    """Returns the values of `columns` joined by +, "" where one of them is empty."""
+    values = [row[column].strip() for column in columns]
+    return "+".join(values) if all(values) else ""
 
 
 def _collect(rows, table: pathlib.Path) -> dict[str, dict]:
@@ -77,8 +86,10 @@ def _collect(rows, table: pathlib.Path) -> dict[str, dict]:
     clips: dict[str, dict] = {}
     group_split: dict[str, str] = {}
     problems = []
-    for line, row in rows:
-        file_name, caption, label, group, split = (row[column].strip() for column in COLUMNS)
+    for line, row, label in rows:
+        file_name, caption, group, split = (
+            row[column].strip() for column in COLUMNS if column != "label"
+        )
         facts = {"label": label, "group": group, "split": split}
         if not file_name:
             problems.append(f"line {line}: empty file_name")

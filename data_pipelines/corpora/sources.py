@@ -69,8 +69,9 @@ class AudioFiles:
             folders.sort()
             for name in sorted(names):
                 stem, suffix = os.path.splitext(name)
-                if suffix.lower() in AUDIO_SUFFIXES:
-                    self._paths.setdefault(_composed(stem), []).append(os.path.join(folder, name))
+                # What archives of a Mac hold beside each file, ._NAME, is not audio.
+                if suffix.lower() in AUDIO_SUFFIXES and not name.startswith("._"):
+                    self._paths.setdefault(composed(stem), []).append(os.path.join(folder, name))
 
     def find(
         self, stems: Iterable[str], folders: Sequence[str] = (), elsewhere: bool = True
@@ -83,7 +84,7 @@ class AudioFiles:
           elsewhere: whether a file below none of them counts.
         """
         for stem in stems:
-            found = self._paths.get(_composed(stem), ())
+            found = self._paths.get(composed(stem), ())
             ranked = sorted(
                 (not self._is_below(path, folders), _preference(path)) for path in found
             )
@@ -91,11 +92,21 @@ class AudioFiles:
                 return ranked[0][1][1]
         return None
 
+    def entries(self) -> list[tuple[tuple[str, ...], str]]:
+        """Returns (folders below the root and name without suffix, path) of every file, sorted."""
+        paths = (path for found in self._paths.values() for path in found)
+        parts = ((pathlib.Path(path).relative_to(self.root).parts, path) for path in paths)
+        return sorted(
+            (tuple(map(composed, (*folders, os.path.splitext(name)[0]))), path)
+            for (*folders, name), path in parts
+        )
+
     def _is_below(self, path: str, folders: Sequence[str]) -> bool:
         return not set(folders).isdisjoint(pathlib.Path(path).relative_to(self.root).parts[:-1])
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """Returns `name` in Unicode's composed form (NFC)."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 

@@ -1,8 +1,24 @@
-"""CSV tables, read strictly."""
+"""CSV tables and lists, read strictly."""
 
 import csv
 import pathlib
 from collections.abc import Sequence
+
+
+def read_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """Returns (line number, text) of the lines of a UTF-8 file that are not empty, stripped.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"list '{path}' does not exist") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_rows(table: pathlib.Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
@@ -38,9 +54,13 @@ def read_rows(table: pathlib.Path, columns: Sequence[str]) -> list[tuple[int, di
                     )
                 rows.append((reader.line_num, row))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise _not_utf8(table, error) from error
     except csv.Error as error:
         raise ValueError(f"{table} line {reader.line_num}: not valid CSV: {error}") from error
     if not rows:
         raise ValueError(f"{table}: no rows below the header; is it the whole file?")
     return rows
+
+
+def _not_utf8(path: pathlib.Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})")

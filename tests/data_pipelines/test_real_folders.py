@@ -66,3 +66,43 @@ def test_real_clips_become_batches(folder, tmp_path):
         assert sorted(chunks) == list(range(12))
         # Sounds of esc10 last 3.6 s and more, spoken digits less than 2.3 s.
         assert set(chunks.values()) <= ({2, 3} if folder == "esc10" else {1, 2})
+
+
+@pytest.mark.parametrize("folder, label, sessions, classes, clips", [
+    ("esc10", "label", 5, 10, (32, 0, 8)),
+    ("fsdd", "label", 5, 10, (240, 0, 60)),
+    ("fsdd", "speaker+label", 30, 60, (40, 0, 10)),
+])  # fmt: skip
+def test_real_folders_become_sessions_of_classes(folder, label, sessions, classes, clips):
+    spec = {"kind": "classes", "corpus": "folder", "root": ROOT, "folder": folder, "label": label}
+    stream = build_stream(spec | {"sessions": sessions})
+    assert len(stream.classes) == len(set(stream.classes)) == classes
+    assert len(stream.tasks) == sessions
+    seen = set()
+    for number, task in enumerate(stream.tasks):
+        own = stream.classes[number * classes // sessions : (number + 1) * classes // sessions]
+        for name, count in zip(SPLITS, clips):
+            split = getattr(task, name)
+            assert not seen & {clip.path for clip in split.clips}
+            seen |= {clip.path for clip in split.clips}
+            assert collections.Counter(clip.label for clip in split.clips) == (
+                dict.fromkeys(own, count) if count else {}
+            )
+    assert len(seen) == classes * sum(clips)
+    published = build_stream(spec | {"sessions": sessions, "split": "own"})
+    assert published.classes == stream.classes
+    parts = [{clip.group for task in published.tasks for clip in getattr(task, name).clips}
+             for name in SPLITS]  # fmt: skip
+    assert all(parts) and not (parts[0] & parts[2] or parts[0] & parts[1] or parts[1] & parts[2])
+
+
+def test_real_clips_of_a_session_become_labelled_batches(tmp_path):
+    stream = build_stream({"kind": "classes", "corpus": "folder", "root": ROOT, "folder": "fsdd",
+                           "label": "speaker+label", "sessions": 30, "limit": 10})  # fmt: skip
+    settings = DataSettings(
+        LogMelSettings(16000, 512, 320, 32, 50.0, 8000.0), window_seconds=1.0, cache_dir=tmp_path
+    )
+    reader = SplitReader(stream.tasks[3].train, None, settings, stream.classes)
+    batch = next(reader.train_batches(17, seed=0))
+    assert sorted(batch["label"].tolist()) == [0] + [6] * 8 + [7] * 8  # a row of padding
+    assert np.isfinite(batch["audio"]).all() and batch["mask"].sum() == 16
