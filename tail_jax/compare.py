@@ -26,8 +26,8 @@ def define_flags() -> None:
     """--runs, --output and --metric."""
     flags.DEFINE_string("runs", None, "Glob of run folders, in quotes.", required=True)
     flags.DEFINE_string("output", None, "Folder of the report.", required=True)
-    flags.DEFINE_enum("metric", "R@1", ["R@1", "R@5", "R@10", "mAP@10"],
-                      "What the pictures show; the table has all.")
+    flags.DEFINE_enum("metric", None, ["R@1", "R@5", "R@10", "mAP@10", "accuracy"],
+                      "What the pictures show, by default R@1 or accuracy; the table has all.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Pictures of the results of several runs, as `tables.group_by_method` groups them.
 
-Every figure shows a rate on the test set of each task (pool `own`, index `fresh`), the mean of both
-directions, in percent. A method has the same colour and marker in all of them; methods of one
-family (`tables.FAMILIES`) share the marker. Figures are built without pyplot, so nothing here
-touches a display or the caller's matplotlib state; matplotlib is imported when the first one is
-drawn.
+Every figure shows a rate on the test set of each task in percent: of retrieval (pool `own`, index
+`fresh`) the mean of both directions, or accuracy among the classes seen. A method has the same
+colour and marker in all of them; methods of one family (`tables.FAMILIES`) share the marker.
+Figures are built without pyplot, so nothing here touches a display or the caller's matplotlib
+state; matplotlib is imported when the first one is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,10 @@ import pathlib
 
 from tail_jax.evaluation import continual
 from tail_jax.reporting import tables
+from tail_jax.reporting.columns import RETRIEVAL, Results, layout_of, rate
 from tail_jax.reporting.writers import ResultsError
 
-Groups = Mapping[str, Sequence[tables.Results]]
+Groups = Mapping[str, Sequence[Results]]
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers; its yellow is left out, too
 # faint on white.
@@ -29,7 +30,7 @@ _STYLES = {
     "joint": ("#000000", "D"),
 }
 _COLORS = ("#009e73", "#cc79a7", "#56b4e9", "#6a3d9a", "#7a5230", "#b2182b", "#4d4d4d", "#a6761d")
-_MARKERS = dict(zip(tables.FAMILIES, "D<vP>p^"))
+_MARKERS = dict(zip(tables.FAMILIES, "D<vPdp^*h"))
 # More methods than these do not fit into one axes, or on one page.
 _MOST_CURVES = 9
 _MOST_PANELS = 9
@@ -240,8 +241,8 @@ def plot_tradeoff(groups: Groups, metric: str, path: str | os.PathLike) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for method, runs in groups.items():
             color, marker = styles[method]
-            average = tables.estimate([tables.rate(metric)(run) for run in runs])
-            forgetting = tables.rate(metric, summary="forgetting")
+            average = tables.estimate([rate(metric)(run) for run in runs])
+            forgetting = rate(metric, summary="forgetting")
             lost = tables.estimate([forgetting(run) for run in runs])
             trainable = runs[0]["trainable_parameters"]
             size = tables.Estimate(trainable) if trainable else None
@@ -294,10 +295,11 @@ def _tasks(groups: Groups) -> list[str]:
     return next(iter(groups.values()))[0]["tasks"]
 
 
-def _matrix(method: str, runs: Sequence[tables.Results], metric: str) -> list[list[float | None]]:
+def _matrix(method: str, runs: Sequence[Results], metric: str) -> list[list[float | None]]:
     matrix = tables.mean_matrix(runs, metric)
     if matrix is None:
-        found = sorted({key.split("/")[1] for key in runs[0]["matrices"] if key.count("/") == 3})
+        found = sorted({key.split("/")[1] if key.count("/") == 3 else key.split("/")[0]
+                        for key in runs[0]["matrices"]})
         raise ResultsError(
             f"a run of {method} has no {metric} of pool own, index fresh, in both directions; "
             f"it has {', '.join(found) or 'none'}"
@@ -310,7 +312,10 @@ def _what(groups: Groups, intervals: str | None = None) -> str:
     count = "–".join(str(count) for count in sorted({counts[0], counts[-1]}))
     seeds = "1 seed" if counts == [1] else f"{count} seeds"
     note = f"; {intervals}: 95 % intervals" if intervals and counts[-1] > 1 else ""
-    return f"mean of text-to-audio and audio-to-text, {seeds}{note}"
+    first = next(iter(groups.values()))[0]
+    of = ("mean of text-to-audio and audio-to-text" if layout_of(first) is RETRIEVAL
+          else "among the classes seen")
+    return f"{of}, {seeds}{note}"
 
 
 def _bound(axes, value: tables.Estimate | None, color: str, label: str | None = None) -> None:

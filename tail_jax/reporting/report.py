@@ -6,9 +6,10 @@ import pathlib
 import sys
 
 from tail_jax.reporting import plots, tables, writers
+from tail_jax.reporting.columns import Results
 
 
-def read_runs(pattern: str) -> dict[str, tables.Results]:
+def read_runs(pattern: str) -> dict[str, Results]:
     """Results by folder, of the folders that match pattern and hold a results.json.
 
     Raises:
@@ -28,9 +29,12 @@ def read_runs(pattern: str) -> dict[str, tables.Results]:
 
 
 def write_report(
-    runs: dict[str, tables.Results], output: str | os.PathLike, metric: str = "R@1"
+    runs: dict[str, Results], output: str | os.PathLike, metric: str | None = None
 ) -> str:
     """Writes report.md with its tables and pictures into output; returns the headline table.
+
+    Args:
+      metric: of the pictures; by default R@1, or accuracy for class-incremental streams.
 
     Raises:
       ResultsError: if the runs do not belong together.
@@ -38,7 +42,9 @@ def write_report(
     output = pathlib.Path(output)
     groups = tables.group_by_method(runs)
     rows = tables.make_rows(groups)
-    headline, table = tables.markdown_table(rows, tables.HEADLINE), tables.markdown_table(rows)
+    layout = rows[0].layout
+    metric = metric or layout.metric
+    headline, table = tables.markdown_table(rows, layout.headline), tables.markdown_table(rows)
     pages = plots.plot_matrices(groups, metric, output / "matrices.png")
     plots.plot_curves(groups, metric, output / "curves.png")
     plots.plot_tradeoff(groups, metric, output / "tradeoff.png")
@@ -84,7 +90,7 @@ def _text(runs, rows, headline, table, metric, pages) -> str:
 ## Results
 
 {headline}
-{tables.LEGEND}
+{rows[0].layout.legend}
 ## All columns
 
 {table}

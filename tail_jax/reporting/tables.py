@@ -1,19 +1,17 @@
 """Tables from the results of several runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import csv
 import dataclasses
 import io
 import math
-from typing import Any
 
 from scipy import special
 
+from tail_jax.reporting.columns import (
+    REFERENCE, Column, Layout, Results, keys, layout_of)
 from tail_jax.reporting.writers import ResultsError
 
-DIRECTIONS = ("text_to_audio", "audio_to_text")
-# What others are compared with, at the same seed and so on the same backbone.
-REFERENCE = "sequential"
 # Families in the order of rows and pictures, with the beginnings (up to the first _) of their
 # methods' names. `frozen` and `sequential` come first and `joint` last: the floor and the ceiling.
 BOUNDS = "bounds"
@@ -21,14 +19,15 @@ OTHERS = "other methods"
 FAMILIES = {
     BOUNDS: ("frozen", "sequential", "joint"),
     "distillation and penalties": ("lwf", "ewc", "modx"),
-    "replay": ("er", "der"),
+    "replay": ("er", "der", "icarl"),
     "prompt pools": ("l2p", "dualprompt", "coda", "sprompts"),
-    "low rank and adapters": ("lora", "clap"),
+    "low rank and adapters": ("lora", "clap", "inflora", "lorasub"),
+    "analytic classifiers": ("ncm", "lda", "fecam", "acil", "aper", "ranpac"),
     OTHERS: (),
     "shared prompts": ("prompts", "ptat"),
+    "PACE": ("pace",),
 }
 
-Results = Mapping[str, Any]  # what results.json holds
 Matrix = Sequence[Sequence[float | None]]
 
 
@@ -41,30 +40,10 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    Attributes:
-      title: with the unit.
-      value: of one run; None where it has none.
-      decimals: shown.
-      interval: False for what is a fact of a setting and not of a seed.
-      against: makes the cell of the value and that of REFERENCE at the same seed, seed by seed.
-      optional: the column is not shown where no run has a value.
-    """
-
-    title: str
-    value: Callable[[Results], float | None]
-    decimals: int = 1
-    interval: bool = True
-    against: Callable[[float, float], float | None] | None = None
-    optional: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Row:
     method: str
     seeds: tuple[int, ...]
+    layout: Layout
     cells: tuple[Estimate | None, ...]  # one a column; None where a run has no value
 
 
@@ -135,11 +114,11 @@ def family(method: str) -> str:
 
 
 def _rank(method: str) -> tuple:
-    """Sorts methods: `joint` last, then by family and root, then by alphabet."""
+    """Sorts methods: joint training last, then by family and root, then by alphabet."""
     name, root = family(method), method.split("_")[0]
     roots = FAMILIES[name]
     place = roots.index(root) if root in roots else 0
-    return method == "joint", list(FAMILIES).index(name), place, method
+    return root == "joint", list(FAMILIES).index(name), place, method
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -155,136 +134,16 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     return Estimate(mean, quantile * math.sqrt(variance / count))
 
 
-def rate(
-    metric: str,
-    pool: str = "own/fresh",
-    summary: str = "average",
-    directions: Sequence[str] = DIRECTIONS,
-) -> Callable[[Results], float | None]:
-    """A summary of one run in percent, averaged over directions; None if it lacks one of them."""
-
-    def value(results: Results) -> float | None:
-        keys = [f"{direction}/{metric}/{pool}" for direction in directions]
-        values = [results["summary"].get(key, {}).get(summary) for key in keys]
-        return None if None in values else 100 * sum(values) / len(values)
-
-    return value
-
-
-def _share(results: Results) -> float | None:
-    total = results["total_parameters"]
-    return 100 * results["trainable_parameters"] / total if total else None
-
-
-def _minutes(results: Results) -> float | None:
-    """The entry "total" of wall_seconds; None where a run did not record it."""
-    seconds = results.get("wall_seconds") or {}
-    return seconds["total"] / 60 if "total" in seconds else None
-
-
-def _training_minutes(results: Results) -> float | None:
-    """Sum over tasks of the entry "train" of wall_seconds; None where a run did not record it."""
-    seconds = (results.get("wall_seconds") or {}).get("train")
-    return None if seconds is None else math.fsum(seconds.values()) / 60
-
-
-def _gibibytes(results: Results) -> float | None:
-    peak = results.get("peak_memory_bytes")
-    return peak / 2**30 if peak else None
-
-
-def _kept(results: Results) -> float | None:
-    """Bytes kept of earlier tasks' data; None for nothing, or where a run did not record it."""
-    found = results.get("memory_bytes")
-    return found / 2**20 if found else None
-
-
-def _state(results: Results) -> float | None:
-    """Bytes carried on after the last task; None where a run did not record them by task."""
-    found = results.get("state_bytes")
-    return list(found.values())[-1] / 2**20 if found else None
-
-
-def _difference(value: float, reference: float) -> float:
-    return value - reference
-
-
-def _ratio(value: float, reference: float) -> float | None:
-    return value / reference if reference else None
-
-
-COLUMNS = (
-    Column("trainable parameters", lambda run: run["trainable_parameters"], 0, interval=False),
-    Column("trainable %", _share, 2, interval=False),
-    Column("R@1 T→A", rate("R@1", directions=DIRECTIONS[:1])),
-    Column("R@1 A→T", rate("R@1", directions=DIRECTIONS[1:])),
-    Column("R@1", rate("R@1")),
-    Column("R@5", rate("R@5")),
-    Column("R@10", rate("R@10")),
-    Column("mAP@10", rate("mAP@10")),
-    Column("R@1 incremental", rate("R@1", summary="incremental_average")),
-    Column("R@1 union", rate("R@1", "all/fresh")),
-    Column("R@1 stale", rate("R@1", "own/stale")),
-    Column("forgetting", rate("R@1", summary="forgetting")),
-    Column("BWT", rate("R@1", summary="backward_transfer")),
-    Column("FWT", rate("R@1", summary="forward_transfer")),
-    Column(f"R@1 − {REFERENCE}", rate("R@1"), against=_difference),
-    Column("training min", _training_minutes),
-    Column(f"time / {REFERENCE}", _training_minutes, 2, against=_ratio),
-    Column("wall time min", _minutes),
-    Column("peak memory GiB", _gibibytes, 2),
-    Column(f"memory / {REFERENCE}", _gibibytes, 2, against=_ratio),
-    Column("data kept MiB", _kept, 2, interval=False, optional=True),
-    Column("state MiB", _state, 2, interval=False, optional=True),
-)
-# What a README has room for.
-HEADLINE = (
-    "trainable %",
-    "R@1",
-    "R@10",
-    "mAP@10",
-    "forgetting",
-    f"R@1 − {REFERENCE}",
-    "R@1 union",
-    f"time / {REFERENCE}",
-    f"memory / {REFERENCE}",
-)
-
-# Everything a reader needs to know what a column of the table is.
-LEGEND = f"""\
-Rates are percent. Each is the average over all tasks after the last one, on the test set of each
-task alone (pool *own*), with galleries embedded by the final model (*fresh*); where no direction is
-named, it is the mean of text-to-audio (T→A) and audio-to-text (A→T). Items with equal scores are
-ranked against the query.
-
-- **R@1 incremental**: mean over steps of the average over the tasks trained on so far.
-- **R@1 union**: the gallery holds the test sets of all tasks.
-- **R@1 stale**: the gallery of a task keeps the embeddings made when that task ended.
-- **forgetting** (R@1): best value of a task from its own step to the last but one, minus the value
-  after the last step, averaged over all tasks but the last; negative if the last step helped. Lower
-  is better.
-- **BWT** (R@1): value after the last step minus the value just after learning the task.
-- **FWT** (R@1): value just before learning the task minus the value before the first.
-- **R@1 − {REFERENCE}**: difference to `{REFERENCE}` seed by seed, which is on the same backbone,
-  with the interval of these differences: narrower than the intervals of the two.
-- **time, memory / {REFERENCE}**: ratio seed by seed of the seconds in training steps (compilation
-  and teachers included) and of the peak memory of the run. They mean something where runs had the
-  machine for themselves.
-- **data kept**: of earlier tasks; **state**: all that a method carries on after the last task, its
-  trainable tree, teachers and kept data, without the backbone.
-- **±**: half the width of the 95 % t-interval over seeds; absent for a single seed.
-- **–**: not defined for the method, or not measured.
-"""
-
-
 def make_rows(groups: Mapping[str, Sequence[Results]]) -> list[Row]:
-    """A row for each method of `group_by_method`, a cell for each of COLUMNS."""
+    """A row for each method of `group_by_method`, a cell for each column of its layout."""
+    layout = layout_of(next(iter(groups.values()))[0])
     reference = {results["seed"]: results for results in groups.get(REFERENCE, ())}
     return [
         Row(
             method,
             tuple(results["seed"] for results in runs),
-            tuple(_cell(column, runs, reference) for column in COLUMNS),
+            layout,
+            tuple(_cell(column, runs, reference) for column in layout.columns),
         )
         for method, runs in groups.items()
     ]
@@ -296,15 +155,16 @@ def markdown_table(rows: Sequence[Row], titles: Sequence[str] | None = None) -> 
     Args:
       titles: of the columns to show; by default all that are there, and the number of seeds.
     """
+    columns = rows[0].layout.columns
     shown = [
         index
-        for index, column in enumerate(COLUMNS)
+        for index, column in enumerate(columns)
         if (titles is None or column.title in titles)
         and (not column.optional or any(row.cells[index] for row in rows))
     ]
-    lines = [["method", "seeds", *(COLUMNS[index].title for index in shown)]]
+    lines = [["method", "seeds", *(columns[index].title for index in shown)]]
     for row in rows:
-        cells = [_text(row.cells[index], COLUMNS[index]) for index in shown]
+        cells = [_text(row.cells[index], columns[index]) for index in shown]
         lines.append([row.method, str(len(row.seeds)), *cells])
     if titles is not None:
         lines = [[line[0], *line[2:]] for line in lines]
@@ -316,9 +176,10 @@ def markdown_table(rows: Sequence[Row], titles: Sequence[str] | None = None) -> 
 
 def csv_table(rows: Sequence[Row]) -> str:
     """Comma-separated and unrounded: columns X and X ± (half width) for each column X."""
+    columns = rows[0].layout.columns
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    titles = [title for column in COLUMNS for title in (column.title, f"{column.title} ±")]
+    titles = [title for column in columns for title in (column.title, f"{column.title} ±")]
     writer.writerow(["method", "seeds", *titles])
     for row in rows:
         pairs = [(cell.mean, cell.half_width) if cell else (None, None) for cell in row.cells]
@@ -340,12 +201,11 @@ def matrix_text(matrix: Matrix, tasks: Sequence[str], *, scale: float = 100) -> 
 
 
 def mean_matrix(runs: Sequence[Results], metric: str, pool: str = "own/fresh") -> Matrix | None:
-    """Mean of a result matrix over runs and both directions.
+    """Mean of a result matrix over runs and, in retrieval, both directions.
 
     A value is None where one of the matrices has none; all is None if one of them is missing.
     """
-    keys = [f"{direction}/{metric}/{pool}" for direction in DIRECTIONS]
-    matrices = [results["matrices"].get(key) for results in runs for key in keys]
+    matrices = [results["matrices"].get(key) for results in runs for key in keys(metric, pool)]
     if not matrices or None in matrices:
         return None
     return [[_mean(values) for values in zip(*rows, strict=True)] for rows in zip(*matrices)]

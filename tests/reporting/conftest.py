@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tail_jax.evaluation import continual
+from tail_jax.evaluation.classification import summarize_pooled
 
 
 def _make_results(method="ptat", seed=0, *, shift=0.0, joint=False, **changes):
@@ -46,6 +47,20 @@ def _make_results(method="ptat", seed=0, *, shift=0.0, joint=False, **changes):
 @pytest.fixture
 def make_results():
     return _make_results
+
+
+@pytest.fixture
+def make_class_results():
+    """Accuracies of three sessions of 10, 10 and 20 test clips after each; by hand below."""
+
+    def make(method="pace", seed=0, shift=0.0):
+        own = [[None] * 3, [1.0, None, None], [0.8, 0.9, None], [0.7, 0.6, 0.95]]
+        matrix = [[value and value - shift for value in row] for row in own]
+        matrices = {"accuracy/seen": matrix}
+        return _make_results(method, seed, matrices=matrices, summary=continual.summarize(
+            matrices) | {"accuracy/pooled": summarize_pooled(matrix, [10, 10, 20])})
+
+    return make
 
 
 @pytest.fixture

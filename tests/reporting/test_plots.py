@@ -5,6 +5,7 @@ import pytest
 from tail_jax.evaluation import continual
 from tail_jax.reporting import plots
 from tail_jax.reporting import tables
+from tail_jax.reporting.columns import DIRECTIONS, RETRIEVAL
 from tail_jax.reporting.writers import ResultsError
 
 
@@ -68,7 +69,7 @@ def test_tradeoff_shows_the_numbers_of_the_table(drawn, groups, tmp_path):
     plots.plot_tradeoff(groups, "R@1", tmp_path / "tradeoff.png")
     left, right = drawn[0].axes
     (row,) = [row for row in tables.make_rows(groups) if row.method == "ptat"]
-    cells = dict(zip((column.title for column in tables.COLUMNS), row.cells, strict=True))
+    cells = dict(zip((column.title for column in RETRIEVAL.columns), row.cells, strict=True))
     points = {bar.lines[0].get_color(): bar.lines[0].get_xydata()[0] for bar in left.containers}
     assert points["#0072b2"] == pytest.approx([cells["forgetting"].mean, cells["R@1"].mean])
     points = {bar.lines[0].get_color(): bar.lines[0].get_xydata()[0] for bar in right.containers}
@@ -93,7 +94,7 @@ def test_a_method_keeps_its_colour_in_all_figures(drawn, groups, tmp_path):
 
 
 def test_one_task_one_seed_can_be_drawn(tmp_path, make_results):
-    matrices = {f"{way}/R@1/own/fresh": [[0.1], [0.4]] for way in tables.DIRECTIONS}
+    matrices = {f"{way}/R@1/own/fresh": [[0.1], [0.4]] for way in DIRECTIONS}
     run = make_results(tasks=["only"], matrices=matrices, summary=continual.summarize(matrices))
     groups = tables.group_by_method({"run": run})
     for plot in (plots.plot_matrices, plots.plot_curves, plots.plot_tradeoff):
@@ -109,8 +110,8 @@ def test_a_metric_that_was_not_measured_is_named(groups, tmp_path):
 
 
 def names_of(count):
-    families = ("lwf", "ewc", "er", "l2p", "lora", "zeta", "ptat")
-    return ["frozen", "sequential", "joint", *(f"{families[i % 7]}_{i}" for i in range(count - 3))]
+    families = ("lwf", "ewc", "er", "l2p", "lora", "ranpac", "zeta", "ptat", "pace")
+    return ["frozen", "sequential", "joint", *(f"{families[i % 9]}_{i}" for i in range(count - 3))]
 
 
 def test_many_methods_take_pages_and_fewer_leave_none_behind(drawn, make_results, tmp_path):

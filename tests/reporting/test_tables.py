@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tail_jax.reporting import tables
+from tail_jax.reporting import report, tables
+from tail_jax.reporting.columns import CLASSES, DIRECTIONS, RETRIEVAL
 from tail_jax.reporting.writers import ResultsError
 
 
@@ -16,7 +17,7 @@ def table_of(*runs):
 
 
 def cells_of(row):
-    return dict(zip((column.title for column in tables.COLUMNS), row.cells, strict=True))
+    return dict(zip((column.title for column in RETRIEVAL.columns), row.cells, strict=True))
 
 
 def test_cells_equal_the_hand_worked_numbers(make_results):
@@ -137,9 +138,9 @@ def test_what_is_kept_is_shown_where_a_method_keeps_something(make_results):
 
 def test_headline_fits_a_readme(make_results):
     rows = table_of(make_results("sequential"), make_results("ptat", shift=0.01))
-    header, _, _, ptat = tables.markdown_table(rows, tables.HEADLINE).splitlines()
+    header, _, _, ptat = tables.markdown_table(rows, RETRIEVAL.headline).splitlines()
     names = [cell.strip() for cell in header.split("|")[1:-1]]
-    assert set(names) == {"method", *tables.HEADLINE} and len(names) == 10
+    assert set(names) == {"method", *RETRIEVAL.headline} and len(names) == 10
     cells = dict(zip(names, [cell.strip() for cell in ptat.split("|")[1:-1]]))
     assert (cells["R@1"], cells["R@1 − sequential"]) == ("51.0", "1.0")
 
@@ -173,7 +174,7 @@ def test_markdown_has_no_negative_zero(make_results):
     text = tables.markdown_table(
         table_of(
             make_results(
-                summary={f"{way}/R@1/own/fresh": {"average": -1e-9} for way in tables.DIRECTIONS}
+                summary={f"{way}/R@1/own/fresh": {"average": -1e-9} for way in DIRECTIONS}
             )
         )
     )
@@ -231,3 +232,29 @@ def test_mean_matrix_averages_seeds_and_directions(make_results):
     joint = tables.mean_matrix([make_results(joint=True)], "R@1")
     assert joint[2] == [None] * 3 and joint[3] == pytest.approx([0.25, 0.45, 0.8])
     assert tables.mean_matrix([make_results()], "MedR") is None
+
+
+def test_class_incremental_runs_have_a_table_of_their_own(make_class_results):
+    runs = {f"run{i}": run for i, run in enumerate((
+        make_class_results("sequential", shift=0.25), make_class_results()))}
+    rows = tables.make_rows(tables.group_by_method(runs))
+    sequential, pace = (
+        dict(zip((column.title for column in CLASSES.columns), row.cells, strict=True))
+        for row in rows)
+    expected = {
+        "accuracy": (10 * 70 + 10 * 60 + 20 * 95) / 40, "session mean": 75.0,
+        "incremental": (100 + 85 + 80) / 3, "forgetting": 30.0, "first − last": 30.0,
+        "accuracy − sequential": 25.0}
+    assert {name: pace[name].mean for name in expected} == pytest.approx(expected)
+    assert sequential["accuracy − sequential"].mean == 0
+    assert "R@1" not in tables.markdown_table(rows) and "R@1" not in CLASSES.legend
+
+
+def test_report_of_class_incremental_runs_is_on_accuracy(make_class_results, tmp_path):
+    runs = {"runs/a": make_class_results("sequential", shift=0.25), "runs/b": make_class_results()}
+    headline = report.write_report(runs, tmp_path)
+    assert "| pace" in headline and "80.0" in headline
+    text = (tmp_path / "report.md").read_text()
+    assert "among all classes seen" in text and "R@1" not in text
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "matrices.png", "curves.png", "tradeoff.png"}
