@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tail_jax.analytic.means import discriminant as discriminant_of
+
 LAYERS = 2        # hidden layers that audio features are made of
 SHRINKAGE = 1e-3  # share of the mean variance added to the covariance's diagonal
 PSEUDO_COUNT = 0.5
@@ -59,11 +61,8 @@ def discriminant(statistics: dict) -> dict:
     """{weight [M, D], bias [M]} of the linear discriminant; tasks without data have zeros."""
     mean, scatter, count = (np.array(statistics[name], np.float64)
                             for name in ("mean", "scatter", "count"))
-    covariance = scatter / count.sum()
-    covariance += SHRINKAGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-    weight = np.linalg.solve(covariance, mean.T).T
-    return {"weight": jnp.asarray(weight, jnp.float32),
-            "bias": jnp.asarray(-(weight * mean).sum(1) / 2, jnp.float32)}
+    weight, bias = discriminant_of(mean, scatter / count.sum(), SHRINKAGE)
+    return {"weight": jnp.asarray(weight, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
 
 
 def word_log_probabilities(token_ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> np.ndarray:
