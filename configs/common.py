@@ -54,8 +54,12 @@ def arrange(tasks: tuple, order: str, count: int = 0) -> tuple[tuple, tuple]:
 
 
 def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
-                window_seconds: float, max_tokens: int) -> ConfigDict:
-    """The fields of every experiment, with the defaults of the specification."""
+                window_seconds: float, max_tokens: int, classes: bool = False) -> ConfigDict:
+    """The fields of every experiment, with the defaults of the specification.
+
+    Args:
+        classes: whether the method's settings are those of class-incremental streams.
+    """
     data = dataclasses.asdict(DataSettings(
         log_mel=log_mel, window_seconds=window_seconds, max_tokens=max_tokens,
         cache_dir="runs/cache"))
@@ -66,7 +70,7 @@ def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
         "seed": seed,
         "model": preset(model).to_dict() | {"checkpoint": ""},
         "backbone": {"kind": "pretrain", "pretrain": {}},
-        "method": methods.defaults(method),
+        "method": methods.defaults(method, classes),
         "data": data,
         "stream": {"kind": "folders", "name": "", "tasks": (), "scenes": {}, "order": (),
                    "limit": 0},

@@ -11,4 +11,4 @@ if [[ "${1:-}" == --slow ]]; then
 fi
 # Files at a time: one a core, four at most (each takes up to 3 GB). Most of a test is compilation,
 # which keeps one core busy.
-exec .venv/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses=4 --dist=loadfile "$@"
+exec .venv/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses=4 --dist=loadgroup "$@"

@@ -57,6 +57,21 @@ class Backbone:
         """Hash of the parameters (`checkpoints.tree_hash`)."""
         return self.stored_hash or tree_hash(self.params)
 
+    def with_classes(self, count: int) -> Backbone:
+        """Its audio tower with a classifier of zeros for `count` classes; the hash stays its own.
+
+        Raises:
+            ValueError: if it has no audio tower.
+        """
+        if self.model.audio is None:
+            raise ValueError(f"{self.name} has no audio tower; expected a backbone with one")
+        model = DualEncoder(self.model.audio, None, dtype=self.model.dtype, classes=count)
+        head = jax.eval_shape(model.init, jax.random.key(0))["heads"]
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), head)
+        return dataclasses.replace(
+            self, model=model, params={"audio": self.params["audio"], "heads": zeros},
+            tokenizer=None, stored_hash=self.sha256)
+
     @functools.cached_property
     def embeddings(self) -> Embeddings:
         """The model on the device, ready to embed; made on first use."""
@@ -205,7 +220,8 @@ def random_backbone(model: DualEncoder, seed: int, data: dict, tokenizer, mel_me
         total = mel_var.mean() + mel_mean.var()
         params["audio"] |= {"input_mean": np.asarray(mel_mean.mean(), np.float32),
                             "input_std": np.asarray(total**0.5 / 2, np.float32)}
-    return Backbone("random", model, params, *front_end_of(data), pathlib.Path(tokenizer))
+    return Backbone("random", model, params, *front_end_of(data),
+                    tokenizer and pathlib.Path(tokenizer))
 
 
 def load_tuning(path, backbone: Backbone | None = None) -> tuple[Any, dict]:
@@ -229,7 +245,8 @@ def tuned(backbone: Backbone, path) -> Backbone:
     """The backbone with what a run's tuning file holds. Raises as `load_tuning`."""
     tree, header = load_tuning(path, backbone)
     method = methods.build(header["method"])
-    trainable, aux = method.restored(tree)
+    state = method.restored(tree)
+    trainable, aux = state["trainable"], state["aux"]
     params, tuning = method.resolve(backbone.model, trainable, method.frozen(backbone.params))
     encoders = None
     if method.own_encode:

@@ -1,4 +1,5 @@
-"""What a configuration would train, and what a step of it costs; needs no data and no weights.
+"""What a configuration would train, and what a step of it costs; needs no weights, and no data but
+the tables of a class-incremental corpus, whose classes have to be counted.
 
     python -m tail_jax.describe --config=configs/tail_clap.py [--json=FILE]
 """
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from data_pipelines.streams import build_stream
 from tail_jax import cli, methods, settings
-from tail_jax.models.dual_encoder import BUFFERS
+from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 from tail_jax.reporting.writers import write_json_atomic
 from tail_jax.training import sharding
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -27,12 +29,21 @@ PTAT_SHARE = 0.0242
 def describe(config: dict) -> dict:
     """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts)."""
     config = settings.with_checkpoint(config)
-    model, method = settings.described_model(config), methods.build(
-        config["method"], max(len(config["stream"]["tasks"]), 1))
+    model, classes = settings.described_model(config), None
+    if config["stream"]["kind"] == "classes":
+        stream = build_stream(settings.stream_spec(config))
+        tasks, classes = len(stream.tasks), len(stream.classes)
+        model = DualEncoder(model.audio, None, dtype=model.dtype, classes=classes)
+    else:
+        tasks = max(len(config["stream"]["tasks"]), 1)
+    method = methods.build(config["method"], tasks, classes)
     mesh = sharding.make_mesh(**config["mesh"])
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p), params)
     frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
+    if model.classes:
+        some = jax.ShapeDtypeStruct((model.classes,), jnp.bool_)
+        state["aux"] = state["aux"] | {"classes": {"current": some, "seen": some}}
     trainable = state["trainable"]
     data, total = settings.data_settings(config["data"]), count(params, BUFFERS)
     report = {
@@ -69,9 +80,10 @@ def batch_shapes(config: dict, model, method) -> dict:
     """Shapes of a training batch as the step takes it."""
     rows, shape = config["train"]["batch_size"], jax.ShapeDtypeStruct
     batch = model.input_shapes(rows, config["data"]["max_tokens"])
-    batch |= {name: shape((rows,), jnp.int32) for name in ("clip_id", "caption_key")}
+    ids = ("clip_id", "label") if model.classes else ("clip_id", "caption_key")
+    batch |= {name: shape((rows,), jnp.int32) for name in ids}
     batch["mask"] = shape((rows,), jnp.bool_)
-    if method.has_teacher and config["train"]["cache_teacher"]:
+    if method.has_teacher and config["train"]["cache_teacher"] and not model.classes:
         batch |= {f"teacher_{side}": shape((rows, model.embedding), jnp.float32)
                   for side in ("audio", "text")}
     return batch | method.replay_shapes(model, rows)

@@ -62,12 +62,18 @@ def evaluate(workdir: pathlib.Path, split: str | None = None, task: int | None =
         file = workdir / "tuning" / f"task_{task}.safetensors"
         tree, _ = load_tuning(file, run.backbone)
         check_same_structure(run.method.stored(state), tree, str(file))
-        trainable, aux = run.method.restored(tree)
-        state |= {"trainable": sharding.place(trainable, run.mesh), "aux": state["aux"] | aux}
-    fresh = run.embed(state) if task else run.embed_backbone()
-    stale = run.galleries(task) if split == own_split else [None] * len(fresh)
+        kept = run.method.restored(tree)
+        state |= {"trainable": sharding.place(kept["trainable"], run.mesh),
+                  "aux": state["aux"] | kept["aux"],
+                  "statistics": state.get("statistics", {}) | kept["statistics"]}
+    if run.stream.classes:
+        row = run.accuracies(run.predict(task, state))
+    else:
+        fresh = run.embed(state) if task else run.embed_backbone()
+        stale = run.galleries(task) if split == own_split else [None] * len(fresh)
+        row = evaluate_row(fresh, stale, task)
     return {"task": task, "split": split, "tasks": [t.name for t in run.stream.tasks],
-            "row": evaluate_row(fresh, stale, task),
+            "row": row,
             "routed": routed(run, state, task) if task and run.method.routes else {}}
 
 
@@ -84,7 +90,12 @@ def routed(run: Run, state: State, tasks: int) -> dict[str, list[float]]:
 
 def text(report: dict) -> str:
     """The report for a terminal: rates in percent, ranks as they are."""
-    lines = [f"after task {report['task']}, {report['split']} split", "",
+    head = f"after task {report['task']}, {report['split']} split"
+    if "accuracy/seen" in report["row"]:
+        return "\n".join([head, "", "accuracy in % among the classes seen", *(
+            f"{name:<20}{'–' if value is None else f'{100 * value:.1f}':>8}"
+            for name, value in zip(report["tasks"], report["row"]["accuracy/seen"]))])
+    lines = [head, "",
              f"{'direction':<15}{'pool':<7}{'task':<20}" + "".join(f"{m:>8}" for m in METRICS)]
     for direction in DIRECTIONS:
         for pool in ("own", "all"):

@@ -58,6 +58,22 @@ def similarity_distillation(s: jax.Array, s_teacher: jax.Array, mask: jax.Array,
     return temperature**2 * total / (2 * jnp.maximum(mask.sum(), 1))
 
 
+def classification_loss(logits: jax.Array, label: jax.Array, classes: jax.Array,
+                        mask: jax.Array) -> jax.Array:
+    """Cross-entropy among some of the classes: the logits of all others count as -inf.
+
+        L = -1/B sum_i log softmax(logits_i over the classes that are on)[label_i]
+
+    Args:
+        logits: [B, C].
+        label: int [B], classes that are on.
+        classes: bool [C], which are on.
+    """
+    log_p = jax.nn.log_softmax(jnp.where(classes, logits, NEGATIVE))
+    rows = -jnp.take_along_axis(log_p, label[:, None], 1)[:, 0]
+    return jnp.where(mask, rows, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+
 def _masked_kl(log_p, log_q, mask):
     """sum over real rows and columns of p (log p - log q)."""
     both = mask[:, None] & mask[None, :]

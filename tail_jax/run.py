@@ -19,11 +19,12 @@ from data_pipelines.text import Tokenizer
 from tail_jax import backbone as backbones
 from tail_jax import methods, settings
 from tail_jax.backbone import Backbone
-from tail_jax.evaluation.retrieval import TaskEmbeddings
+from tail_jax.evaluation.classification import accuracy_row, predict
+from tail_jax.evaluation.retrieval import TaskEmbeddings, evaluate_row
 from tail_jax.methods.base import Method, State
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training import sharding
-from tail_jax.training.checkpoints import load_tree, save_tree
+from tail_jax.training.checkpoints import load_tree, save_tree, tree_hash
 from tail_jax.training.embedder import Embedder
 from tail_jax.training.step import cast_frozen
 from tail_jax.training.task_data import TaskData
@@ -66,13 +67,41 @@ class Run:
         state = self.method.init(key, self.model, self.backbone.params)
         data = settings.data_settings(self.config["data"])
         memory = self.method.memory(self.model, data.audio_shape, data.max_tokens)
+        state = self._with_classes(state, 0)
         return state | ({"memory": memory} if memory else {}) | {
             "trainable": sharding.place(state["trainable"], self.mesh),
             "aux": sharding.put_tree(state["aux"], self._aux_shardings(state))}
 
+    def _with_classes(self, state: State, task: int) -> State:
+        """The state with the classes of a task, and those seen by its end, in `aux`."""
+        if not self.stream.classes:
+            return state
+        last = len(self.stream.tasks) if self.method.joint else task + 1
+        current, seen = (self._labels(range(first, last)) for first in (
+            0 if self.method.joint else task, 0))
+        return state | {"aux": state["aux"] | {"classes": {"current": current, "seen": seen}}}
+
+    def _labels(self, tasks) -> np.ndarray:
+        """bool [C], the classes of these tasks."""
+        names = {clip.label for task in tasks for clip in self.stream.tasks[task].train.clips}
+        return np.array([name in names for name in self.stream.classes])
+
     def begin_task(self, state: State, task: int, data: TaskData | None) -> State:
         """`method.begin_task`; new arrays go to all devices, so that the step stays one program."""
+        state = self._with_classes(state, task)
         return self._placed(self.method.begin_task(state, task, data))
+
+    def begin_stage(self, state: State, task: int, stage: int, data: TaskData | None) -> State:
+        """`method.begin_stage`, its arrays placed in the same way."""
+        return self._placed(self.method.begin_stage(state, task, stage, data))
+
+    def begin_epoch(self, state: State, data: TaskData) -> State:
+        """`method.begin_epoch`, its arrays placed in the same way."""
+        return self._placed(self.method.begin_epoch(state, data))
+
+    def end_stage(self, state: State, task: int, stage: int, data: TaskData | None) -> State:
+        """`method.end_stage`, its arrays placed in the same way."""
+        return self._placed(self.method.end_stage(state, task, stage, data))
 
     def end_task(self, state: State, task: int, data: TaskData | None) -> State:
         """`method.end_task`, its arrays placed in the same way."""
@@ -91,11 +120,69 @@ class Run:
                 else jax.tree.map(lambda _: here, tree) for name, tree in state["aux"].items()}
 
     def task_data(self, reader: SplitReader, task: int, hook: int) -> TaskData:
-        """What hook 0 (`begin_task`) or 1 (`end_task`) sees of task `task`."""
-        key = jax.random.fold_in(jax.random.fold_in(self.key, HOOK_KEY), 2 * task + hook)
+        """What hook 0 (`begin_task`), 1 (`end_task`), 2 + 2 s (`begin_stage` of stage s) or
+        3 + 2 s (`end_stage`) sees of task `task`."""
+        key = jax.random.fold_in(jax.random.fold_in(self.key, HOOK_KEY), 2 * task + hook % 2)
+        if hook > 1:
+            key = jax.random.fold_in(key, hook)
         seed = np.random.SeedSequence([self.config["seed"], task, hook]).generate_state(1)[0]
         return TaskData(self.model, self.frozen, reader, key, int(seed),
                         self.config["train"]["batch_size"], self.mesh)
+
+    def measure(self, row: int, state: State) -> dict[str, list[float | None]]:
+        """Row `row` of every result matrix, the number of tasks trained on; 0: the backbone alone.
+
+        What later rows and readers need is kept in the folder of the run: galleries, predictions.
+        """
+        if self.stream.classes:
+            predicted = self.predict(row, state)
+            if row:
+                self._keep_predictions(row, predicted)
+            return self.accuracies(predicted)
+        if self.model.text is None:
+            return {}  # nothing to retrieve by: a backbone is being pretrained
+        fresh = self.embed(state) if row else self.embed_backbone()
+        if row and not self.method.joint:
+            self.keep_gallery(row, fresh[row - 1])
+        return evaluate_row(fresh, self.galleries(row), row)
+
+    def predict(self, row: int, state: State) -> list[np.ndarray]:
+        """int32 [n_j], the predicted classes of each session's clips, of the first `row`."""
+        if not row:
+            return []
+        seen = self._labels(range(row))
+        # Scores stay while what they are computed from does: methods that stop training at some
+        # session have the clips of old sessions embedded once.
+        aux = {name: tree for name, tree in state["aux"].items() if name != "classes"}
+        version = tree_hash({"trainable": state["trainable"], "aux": aux})
+        if self._scores.get("version") != version:
+            self._scores.clear()
+            self._scores["version"] = version
+        for task in range(row):
+            if task not in self._scores:
+                self._scores[task] = self.embedder.scores(
+                    self.tests[task], state["trainable"], self.frozen, state["aux"])
+        return [predict(self.method.decide(state, self._scores[task]), seen)
+                for task in range(row)]
+
+    def accuracies(self, predicted: list[np.ndarray]) -> dict[str, list[float | None]]:
+        """The row of the accuracy matrix that these predictions of the first sessions give."""
+        hits = [own == reader.labels for own, reader in zip(predicted, self.tests)]
+        return {"accuracy/seen": accuracy_row(hits, len(self.tests))}
+
+    def _keep_predictions(self, row: int, predicted: list[np.ndarray]) -> None:
+        readers = self.tests[:row]
+        save_tree(self.workdir / "predictions" / f"task_{row}.safetensors", {
+            "predicted": np.concatenate(predicted),
+            "label": np.concatenate([reader.labels for reader in readers]),
+            "session": np.repeat(np.arange(1, row + 1, dtype=np.int32), [*map(len, predicted)])},
+            {"kind": "predictions", "classes": [*self.stream.classes],
+             "clips": [clip.id for reader in readers for clip in reader.split.clips]})
+
+    @functools.cached_property
+    def _scores(self) -> dict:
+        """{session: scores [n, k]} of the last `version` of the state that was measured."""
+        return {}
 
     def embed(self, state: State) -> list[TaskEmbeddings]:
         """The measured split of every task under the method's state."""
@@ -153,17 +240,22 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
     mesh = sharding.make_mesh(**config["mesh"])
     settings.check(config, mesh.shape["data"])
     stream = build_stream(settings.stream_spec(config))
-    method = methods.build(config["method"], len(stream.tasks))
+    # A model of audio alone is pretrained on any stream.
+    kind = len(stream.classes) if stream.classes or config["model"]["text"] else None
+    method = methods.build(config["method"], len(stream.tasks), kind)
     backbone = prepare_backbone(config, stream, workdir, pretrain)
-    tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]))
-                  for task in stream.tasks)
+    if stream.classes:
+        backbone = backbone.with_classes(len(stream.classes))
+    tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]),
+                       stream.classes) for task in stream.tasks)
     return Run(config, workdir, mesh, method, stream, backbone,
                _frozen_on_devices(method, backbone, mesh), tests)
 
 
-def read(config: dict, tokenizer: pathlib.Path, split: Split) -> SplitReader:
+def read(config: dict, tokenizer: pathlib.Path | None, split: Split, classes=()) -> SplitReader:
     """A reader of a split; tells of the clips that `data.on_error=skip` leaves out."""
-    reader = SplitReader(split, Tokenizer.load(tokenizer), settings.data_settings(config["data"]))
+    reader = SplitReader(split, tokenizer and Tokenizer.load(tokenizer),
+                         settings.data_settings(config["data"]), classes)
     for problem in reader.problems:
         print(f"skipped {split.corpus}/{split.name}: {problem.message}", file=sys.stderr)
     if reader.problems:
@@ -195,11 +287,14 @@ def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,
     if kind != "random":
         raise ValueError(f"backbone.kind is {kind!r}; expected checkpoint, pretrain or random")
     model, tokenizer = settings.described_model(config), workdir / "tokenizer.json"
-    if not tokenizer.exists():
+    if model.text is None:
+        tokenizer = None
+    elif not tokenizer.exists():
         captions = [caption for task in stream.tasks for caption in task.train.captions]
         Tokenizer.train(captions, model.text.vocab_size).save(tokenizer)
-    mean, var = settings.mel_statistics(read(config, tokenizer, stream.tasks[0].train),
-                                        config["eval"]["batch_size"])
+    mean, var = settings.mel_statistics(
+        read(config, tokenizer, stream.tasks[0].train, stream.classes),
+        config["eval"]["batch_size"])
     return backbones.random_backbone(model, config["seed"], config["data"], tokenizer, mean, var)
 
 
@@ -209,7 +304,7 @@ def _from_checkpoint(config: dict) -> Backbone:
     if len(parts) == 2:
         parts = [backbones.combine(*parts, config["model"]["embedding"], config["seed"])]
     backbone = parts[0]
-    if backbone.tokenizer is None:
+    if backbone.tokenizer is None and backbone.model.text is not None:
         raise ValueError(f"{config['model']['checkpoint']}: has no tokenizer; put tokenizer.json "
                          "beside its weights")
     # Its values; pooling and type of the computation as `settings.with_checkpoint` settled them.

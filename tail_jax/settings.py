@@ -83,14 +83,14 @@ def with_checkpoint(config: dict) -> dict:
         if pools == {"cls", "mean"}:  # a pooler has weights: it is there or not
             text = dataclasses.replace(text, pool=config["model"]["text"]["pool"])
         model = DualEncoder(model.audio, text, config["model"]["embedding"])
-    if len(model.towers) < 2:
+    if len(model.towers) < 2 and config["stream"]["kind"] != "classes":
         raise ValueError(f"model.checkpoint is {path!r}, a model of {[*model.towers][0]} alone; "
                          "retrieval needs two towers: join an audio and a text checkpoint as "
                          "AUDIO+TEXT")
     if front_end is None or front_end.is_waveform:
         raise ValueError(f"model.checkpoint is {path!r}, which takes waveforms; training feeds "
                          "log-mels only, such a model can embed")
-    if config["data"]["max_tokens"] > max_tokens:
+    if model.text is not None and config["data"]["max_tokens"] > max_tokens:
         raise ValueError(f"data.max_tokens is {config['data']['max_tokens']}; {path} takes "
                          f"{max_tokens} at most")
     front = {"log_mel": dataclasses.asdict(front_end.settings),

@@ -1,15 +1,16 @@
-"""Trains a method on a stream of corpora, one task after another, and measures what it keeps.
+"""Trains a method on a stream of tasks, one after another, and measures what it keeps.
 
     python -m tail_jax.train --config=configs/quickstart.py:method=ptat,seed=0 --workdir=DIR
 
-config -> stream -> backbone -> for each task: begin, steps, end, one row of every result matrix,
-checkpoint -> results.json. Killed at any moment and started again with the same command, a run
-ends in the same bits.
+config -> stream -> backbone -> for each task: begin, the steps of its stages, end, one row of every
+result matrix, checkpoint -> results.json. Killed at any moment and started again with the same
+command, a run ends in the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -26,8 +27,8 @@ from absl import flags
 from data_pipelines.batches import SplitReader, merge_splits
 from tail_jax import backbone as backbones
 from tail_jax import cli, settings
+from tail_jax.evaluation.classification import summarize_pooled
 from tail_jax.evaluation.continual import summarize
-from tail_jax.evaluation.retrieval import evaluate_row
 from tail_jax.methods.base import State
 from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting import tables
@@ -69,8 +70,9 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     # --- Resume ---------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints")
     progress = {
-        "number": 0, "task": 0, "step": 0, "global_step": 0, "rows": {}, "train_seconds": {},
-        "step_seconds": {}, "state_bytes": {}, "evaluation_seconds": 0.0, "total_seconds": 0.0,
+        "number": 0, "task": 0, "stage": 0, "step": 0, "global_step": 0, "rows": {},
+        "train_seconds": {}, "step_seconds": {}, "state_bytes": {}, "evaluation_seconds": 0.0,
+        "total_seconds": 0.0,
     } | (checkpoints.progress() or {})
     if progress["number"]:
         state, opt_state = unpack(checkpoints.restore(pack(state, opt_state)), opt_state)
@@ -87,24 +89,31 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     with watch_signals() as stop:
         # --- Before the first task: the pretrained model alone ---------------------------------
         if not progress["rows"]:
-            measure(run, progress, 0, run.embed_backbone)
+            measure(run, progress, 0, state)
             save(state, opt_state)
 
         # --- Tasks --------------------------------------------------------------------------------
         for number in range(progress["task"], len(plan)):
-            task = plan[number]
-            if progress["step"] == 0:
-                state = run.begin_task(state, number, task.data(run, number, hook=0))
-                opt_state = step.init_optimizer(state["trainable"])
-            if task.steps:
-                state, opt_state = train_task(run, task, number, state, opt_state, step, progress,
-                                              metrics.write, save, stop)
-            state = run.end_task(state, number, task.data(run, number, hook=1))
+            task, data = plan[number], functools.partial(plan[number].data, run, number)
+            if not progress["stage"] and not progress["step"]:
+                state = run.begin_task(state, number, data(0))
+            for stage in range(progress["stage"], len(task.stages)):
+                if not progress["step"]:
+                    state = run.begin_stage(state, number, stage, data(2 + 2 * stage))
+                    opt_state = step.init_optimizer(state["trainable"])
+                state, opt_state = train_stage(
+                    run, task, number + stage * len(plan), stage, state, opt_state, step,
+                    progress, metrics.write, save, stop)
+                state = run.end_stage(state, number, stage, data(3 + 2 * stage))
+                progress["step"] = 0
+                if stage + 1 < len(task.stages):
+                    save(state, opt_state, stage=stage + 1)
+            state = run.end_task(state, number, data(1))
             progress["state_bytes"][task.name] = tree_bytes(state)
-            measure(run, progress, task.row, lambda: run.embed(state))
+            measure(run, progress, task.row, state)
             if run.method.trains:
                 save_tuning(run, task, run.method.stored(state))
-            save(state, opt_state, task=number + 1, step=0)
+            save(state, opt_state, task=number + 1, stage=0, step=0)
             if stop() and number + 1 < len(plan):
                 raise Preempted(143)
     metrics.close()
@@ -129,19 +138,19 @@ class Task:
     Attributes:
         name: of the task, or of all tasks joined by +.
         reader: its training split; None where nothing is trained.
-        steps: to train.
+        stages: (name, steps) of each stage it is trained in.
         row: of the result matrices that is measured afterwards, the number of tasks seen.
         cache_teacher: the teacher's embeddings are computed once for the task.
     """
 
     name: str
     reader: SplitReader | None
-    steps: int
+    stages: tuple[tuple[str, int], ...]
     row: int
     cache_teacher: bool = False
 
     def data(self, run: Run, number: int, hook: int) -> TaskData | None:
-        """What `begin_task` (hook 0) and `end_task` (1) of task `number` see."""
+        """What a hook of task `number` sees, numbered as `Run.task_data` says."""
         return self.reader and run.task_data(self.reader, number, hook)
 
 
@@ -149,45 +158,64 @@ def make_plan(run: Run) -> list[Task]:
     """What a method is trained on, in order: every task, all of them at once, or nothing."""
     tasks, schedule = run.stream.tasks, run.config["train"]
     if not run.method.trains:
-        return [Task(task.name, None, 0, row) for row, task in enumerate(tasks, 1)]
-    reader = lambda split: read(run.config, run.backbone.tokenizer, split)
+        return [Task(task.name, None, (), row) for row, task in enumerate(tasks, 1)]
+    reader = lambda split: read(run.config, run.backbone.tokenizer, split, run.stream.classes)
     readers = [reader(task.train) for task in tasks]
-    steps = [parse_duration(schedule["duration"], len(r.pairs),
-                            schedule["batch_size"]) for r in readers]
-    if run.method.joint:
+    sizes = [len(r.split.clips) for r in readers]
+    stages = [tuple((stage.name, parse_duration(stage.duration or schedule["duration"],
+                                                len(r.pairs), schedule["batch_size"]))
+                    for stage in run.method.stages(number, sizes[:number + 1]))
+              for number, r in enumerate(readers)]
+    if run.method.joint:  # as many steps of each stage as the tasks have, one by one
         merged = reader(merge_splits([task.train for task in tasks]))
-        return [Task("+".join(task.name for task in tasks), merged, sum(steps), len(tasks))]
+        together = tuple((same[0][0], sum(steps for _, steps in same)) for same in zip(*stages))
+        return [Task("+".join(task.name for task in tasks), merged, together, len(tasks))]
     # One answer for all tasks: batches with and without a teacher are two programs.
-    cache = (run.method.has_teacher and schedule["cache_teacher"]
+    cache = (run.method.has_teacher and schedule["cache_teacher"] and not run.stream.classes
              and all(r.fixed_inputs for r in readers))
-    return [Task(task.name, r, n, row, cache)
-            for row, (task, r, n) in enumerate(zip(tasks, readers, steps), 1)]
+    return [Task(task.name, r, own, row, cache)
+            for row, (task, r, own) in enumerate(zip(tasks, readers, stages), 1)]
 
 
-def train_task(run: Run, task: Task, number: int, state: State, opt_state: Any, step,
-               progress: dict, write: Callable, save: Callable, stop: Callable):
-    """Trains on task `number` from step progress['step'] on; returns (state, opt_state)."""
+def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt_state: Any, step,
+                progress: dict, write: Callable, save: Callable, stop: Callable):
+    """Trains stage `stage` of a task from step progress['step'] on; returns (state, opt_state).
+
+    `number` is that of this training among all of the run: of the task, in its first stage.
+    """
+    name, steps = task.stages[stage]
     earlier, start = progress["train_seconds"].get(task.name, 0.0), time.monotonic()
     seconds = lambda: progress["train_seconds"] | {task.name: earlier + time.monotonic() - start}
     before = progress["global_step"] - progress["step"]
+
+    def refresh(step: int, trainable: Any) -> Any:
+        nonlocal state
+        if step and step % epoch == 0:
+            state = run.begin_epoch(state | {"trainable": trainable}, data)
+        return state["aux"]
+
+    epoch = task.reader.steps_per_epoch(run.config["train"]["batch_size"])
+    data = task.data(run, number, 2 + 2 * stage)
     loop = TaskLoop(
         step, run.mesh, jax.random.fold_in(jax.random.fold_in(run.key, STEP_KEY), number),
-        write=lambda n, values: write(before + n, task=task.name, **values),
+        write=lambda n, values: write(before + n, task=task.name, **({"stage": name} if name else
+                                                                     {}), **values),
         save=lambda n, trainable, opt_state: save(
-            state | {"trainable": trainable}, opt_state, step=n, global_step=before + n,
-            train_seconds=seconds()),
+            state | {"trainable": trainable}, opt_state, stage=stage, step=n,
+            global_step=before + n, train_seconds=seconds()),
         stop=stop, clip_name=lambda row: (task.reader.split.clips[row].id if row >= 0
                                           else "of the memory"),
         log_every=run.config["train"]["log_every"],
         save_seconds=run.config["train"]["save_seconds"],
-        keys=STEP_KEYS + tuple(run.method.replay_shapes(run.model, 1)))
+        keys=STEP_KEYS + tuple(run.method.replay_shapes(run.model, 1)),
+        refresh=refresh if run.method.refreshes else None)
     trainable, opt_state = loop.run(
-        f"{run.config['method']['name']}: {task.name}",
+        f"{run.config['method']['name']}: {task.name}" + (name and f", {name}"),
         training_batches(run, task, number, state, progress["step"]), state["trainable"],
         opt_state, run.frozen, state["aux"], run.method.update_mask(state), progress["step"],
-        task.steps)
+        steps)
     usual = statistics.median(loop.seconds) if loop.seconds else None
-    progress.update(train_seconds=seconds(), global_step=before + task.steps,
+    progress.update(train_seconds=seconds(), global_step=before + steps,
                     step_seconds=progress["step_seconds"] | {task.name: usual})
     return state | {"trainable": trainable}, opt_state
 
@@ -208,13 +236,10 @@ def training_batches(run: Run, task: Task, number: int, state: State, start_step
         yield run.method.replay(state, batch, replayed // hosts, task.reader, random)
 
 
-def measure(run: Run, progress: dict, row: int, embed: Callable) -> None:
+def measure(run: Run, progress: dict, row: int, state: State) -> None:
     """Adds row `row` of every result matrix to the progress."""
     start = time.monotonic()
-    fresh = embed()
-    if row and not run.method.joint:
-        run.keep_gallery(row, fresh[row - 1])
-    progress["rows"][str(row)] = evaluate_row(fresh, run.galleries(row), row)
+    progress["rows"][str(row)] = run.measure(row, state)
     progress["evaluation_seconds"] += time.monotonic() - start
 
 
@@ -252,6 +277,10 @@ def summary(run: Run, state: State, progress: dict) -> dict:
     names = [task.name for task in run.stream.tasks]
     matrices = {key: [measured[row][key] if row in measured else [None] * len(names)
                       for row in range(len(names) + 1)] for key in measured[0]}
+    summaries = summarize(matrices)
+    if run.stream.classes:
+        sizes = [len(reader.split.clips) for reader in run.tests]
+        summaries["accuracy/pooled"] = summarize_pooled(matrices["accuracy/seen"], sizes)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     total = count(run.backbone.params, BUFFERS)
@@ -266,7 +295,7 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         "state_bytes": progress["state_bytes"],
         "memory_bytes": tree_bytes(state.get("memory")),
         "memory_pairs": int(np.sum(state["memory"]["mask"])) if "memory" in state else 0,
-        "matrices": matrices, "summary": summarize(matrices),
+        "matrices": matrices, "summary": summaries,
         "wall_seconds": {"train": progress["train_seconds"], "step": progress["step_seconds"],
                          "evaluate": progress["evaluation_seconds"]},
         "peak_memory_bytes": stats.get(
@@ -290,8 +319,12 @@ def main() -> None:
         print(f"{workdir}: stopped by a signal, the state is saved; the same command resumes",
               file=sys.stderr)
         raise
-    print("R@1 in %, mean of both directions, on every corpus after each task:")
-    print(tables.matrix_text(tables.mean_matrix([results], "R@1"), results["tasks"]))
+    if "accuracy/seen" in results["matrices"]:
+        print("accuracy in % among the classes seen, on every session after each:")
+        print(tables.matrix_text(results["matrices"]["accuracy/seen"], results["tasks"]))
+    elif results["matrices"]:
+        print("R@1 in %, mean of both directions, on every corpus after each task:")
+        print(tables.matrix_text(tables.mean_matrix([results], "R@1"), results["tasks"]))
     print(f"results: {workdir / 'results.json'}")
 
 

@@ -12,10 +12,18 @@ import sys
 import jax
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_classes
 from tail_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Several processes (--dist=loadgroup) take whole files, whose tests share what they make; a
+    file may name smaller groups."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +49,22 @@ def tiny_config(tiny_root):
 
     def make(method="ptat", seed=0, tasks=3, **fields):
         config = tiny.get_config(f"method={method},seed={seed},root={tiny_root},tasks={tasks}")
+        with config.unlocked():
+            config.update_from_flattened_dict(fields)
+        return cli.plain(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_classes_config(tmp_path_factory):
+    """tiny_classes_config("l2p", sessions=2, **{"train.duration": "3 steps"}) -> plain config."""
+    root = tmp_path_factory.mktemp("tiny_classes")
+    tiny_classes.write_folder(root)
+
+    def make(method="sequential", sessions=0, seed=0, **fields):
+        config = tiny_classes.get_config(
+            f"method={method},seed={seed},root={root},sessions={sessions}")
         with config.unlocked():
             config.update_from_flattened_dict(fields)
         return cli.plain(config)

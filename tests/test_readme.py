@@ -98,7 +98,7 @@ def test_install_says_which_python_it_needs(tmp_path):
     assert "no-such-python" in done.stderr
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS])
+@pytest.mark.parametrize("method", methods.for_streams("retrieves", ablations=True))
 def test_the_quickstart_has_every_method(method):
     config = quickstart.get_config(f"method={method},seed=3")
     assert config.method.name == method and config.seed == 3

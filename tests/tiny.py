@@ -6,6 +6,7 @@ It is also a configuration file, so that commands can be tested on it:
 """
 
 import csv
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -16,6 +17,18 @@ from configs import common
 from data_pipelines.log_mel import LogMelSettings
 
 RATE = 8000
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowers:
+    """What losses on given embeddings ask of a model."""
+
+    embedding: int = 5
+    classes: int = 0
+
+    towers = {"audio": None, "text": None}
+
+
 LOG_MEL = LogMelSettings(sampling_rate=RATE, n_fft=256, hop_length=128, n_mels=16, fmin=50.0,
                          fmax=4000.0)
 # Train, valid and test clips of each task: no size is a multiple of a batch, no two are equal.
@@ -59,8 +72,12 @@ def get_config(arg=None) -> ConfigDict:
     if "prompts" in config.method:
         config.method.prompts.length = 2
     # Less than the pairs of a task, and a few batches.
-    config.method.update({k: v for k, v in {"capacity": 10, "queries": 40}.items()
-                          if k in config.method})
+    small = {"capacity": 10, "queries": 40, "features": 24, "copies": 3, "reg_copies_per_step": 2,
+             "boundary_capacity": 8}
+    # One stage a task, as all methods have but this one.
+    small |= ({"tune_from": 2, "warm_up": "", "freeze_head": False}
+              if args["method"] == "pace" else {})
+    config.method.update({k: v for k, v in small.items() if k in config.method})
     config.backbone.kind = "random"
     config.data.root = args["root"]
     config.data.cache_dir = str(pathlib.Path(args["root"]) / "cache")

@@ -13,8 +13,8 @@ from tail_jax.methods.dualprompt import DualPrompt
 from tail_jax.methods.ewc import EWC
 from tail_jax.methods.full import Frozen, Joint, Sequential
 from tail_jax.methods.l2p import L2P
-from tail_jax.methods.lora import Lora, LoraDistilled
-from tail_jax.methods.lwf import LwFFeature, LwFSimilarity
+from tail_jax.methods.lora import JointLora, Lora, LoraDistilled
+from tail_jax.methods.lwf import LwF, LwFFeature, LwFSimilarity
 from tail_jax.methods.modx import ModX
 from tail_jax.methods.ptat import PTAT, Prompts
 from tail_jax.methods.ptat_plus import PTATPlus
@@ -29,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "prompts": Prompts,
     "ptat": PTAT,
     "ptat_plus": PTATPlus,
+    "lwf": LwF,
     "lwf_feature": LwFFeature,
     "lwf_similarity": LwFSimilarity,
     "ewc": EWC,
@@ -41,32 +42,42 @@ METHODS: dict[str, type[Method]] = {
     "sprompts": SPrompts,
     "lora": Lora,
     "lora_distil": LoraDistilled,
+    "joint_lora": JointLora,
     "clap_adapter": CLAPAdapter,
 } | ABLATIONS
 
 
-def defaults(name: str) -> dict:
+def defaults(name: str, classes: bool = False) -> dict:
     """The settings of the method `name` with their defaults, as `config.method` holds them.
+
+    Args:
+        classes: whether for class-incremental streams, where some methods have other defaults.
 
     Raises:
         ValueError: if there is no such method.
     """
     if name not in METHODS:
-        named = ", ".join(known for known in METHODS if known not in ABLATIONS)
+        named = ", ".join(for_streams("classifies" if classes else "retrieves"))
         raise ValueError(f"no method {name!r}; expected one of {named}, or an ablation "
                          "(methods/ablations.py)")
-    return {"name": name} | dataclasses.asdict(METHODS[name]())
+    own = METHODS[name].class_defaults if classes else {}
+    return {"name": name} | dataclasses.asdict(METHODS[name](**own))
 
 
-def build(config: Mapping, tasks: int = 0) -> Method:
+def build(config: Mapping, tasks: int = 0, classes: int | None = None) -> Method:
     """The method that `config` (name and settings) describes, for a stream of `tasks` tasks.
 
+    Args:
+        classes: of the stream; 0 for one of audio-text corpora, None for any.
+
     Raises:
-        ValueError: on an unknown name, an unknown setting or a value out of range.
+        ValueError: on an unknown name, an unknown setting, a value out of range, or a method that
+            is not for such a stream.
     """
     config = dict(config)
-    known = defaults(config.pop("name", None))
+    known = defaults(config.pop("name", None), bool(classes))
     _check(config, known, "method")
+    config = (METHODS[known["name"]].class_defaults if classes else {}) | config
     if "prompts" in config:
         _check(config["prompts"], known["prompts"], "method.prompts")
         config["prompts"] = PromptConfig(**config["prompts"])
@@ -75,7 +86,20 @@ def build(config: Mapping, tasks: int = 0) -> Method:
         if config["tasks"] < tasks:
             raise ValueError(f"method.tasks is {config['tasks']}; expected at least {tasks}, "
                              "the tasks of the stream, or 0 for just these")
-    return METHODS[known["name"]](**config)
+    method = METHODS[known["name"]](**config)
+    kinds = {"audio-text": method.retrieves, "class-incremental": method.classifies}
+    kind = "class-incremental" if classes else "audio-text"
+    if classes is not None and not kinds[kind]:
+        fitting = for_streams("classifies" if classes else "retrieves")
+        raise ValueError(f"method {known['name']!r} is not for {kind} streams; expected one of "
+                         f"{', '.join(fitting)}")
+    return method
+
+
+def for_streams(what: str, ablations: bool = False) -> list[str]:
+    """Names of the methods that can do `what`: 'retrieves' or 'classifies'."""
+    return [name for name, kind in METHODS.items()
+            if getattr(kind, what) and (ablations or name not in ABLATIONS)]
 
 
 def _check(config: Mapping, known: Mapping, where: str) -> None:

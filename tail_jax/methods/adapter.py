@@ -33,6 +33,7 @@ class CLAPAdapter(Tuned):
     learn_ratio: bool = False
 
     group = "adapters"
+    classifies = False
     own_encode = True
 
     def __post_init__(self):

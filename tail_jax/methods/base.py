@@ -6,10 +6,20 @@ A method is a frozen dataclass of hyper-parameters. Its state is data, a dict wi
     aux         arrays the loss reads but does not change: teachers, switches, statistics
     memory      kept pairs, arrays on the host, `mask` True on rows in use; only of methods that
                 replay
+    statistics  other arrays on the host, float64 where it matters; only of methods that keep some
 
 The backbone stands beside them as `frozen` and is never part of the state. The trainer calls
 
-    init -> for each task: begin_task -> (forward, objective) x steps -> end_task -> evaluation
+    init -> for each task: begin_task
+                           for each stage: begin_stage -> (forward, objective) x steps -> end_stage
+                           end_task -> evaluation
+
+and most methods have one stage a task.
+
+There are two kinds of streams. In one, tasks are corpora of audio and text, and what is measured is
+retrieval. In the other, tasks are sessions with classes of their own, the model is an audio tower
+with a classifier, and what is measured is accuracy. There `aux["classes"]` has two arrays of bool
+[C], set by the run before `begin_task`: `current`, the classes of the session, and `seen`.
 
 `forward` treats every row of the batch alone, `objective` sees the whole batch; the split is what
 lets the trainer accumulate gradients over parts of a batch and still get the loss of the whole.
@@ -22,15 +32,29 @@ many its stream has.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tail_jax import losses
 from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 
 State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training within a task, with an optimizer state and a schedule of its own.
+
+    Attributes:
+        name: for people.
+        duration: as '10 epochs'; empty for `config.train.duration`.
+    """
+
+    name: str = ""
+    duration: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +75,12 @@ class Method:
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
     own_encode = False   # True: `encode` does more than `resolve` can say
     routes = False       # True: `tasks_of` says which task's part of the tree an item is given
+    retrieves = True     # False: not for streams of audio-text corpora
+    classifies = True    # False: not for class-incremental streams
+    refreshes = False    # True: `aux` changes within a stage, see `begin_epoch`
+    loss_classes = "current"  # of `aux["classes"]`: those among which the loss compares
+    decision = ()        # entries of `statistics` that `decide` reads; they go into the tuning file
+    class_defaults = {}  # settings whose defaults are others on class-incremental streams
 
     # --- state -------------------------------------------------------------------------------
 
@@ -89,6 +119,32 @@ class Method:
         del task, data
         return state
 
+    def stages(self, task: int, sizes: Sequence[int]) -> tuple[Stage, ...]:
+        """What a task is trained in; () for a task without training.
+
+        `sizes` are the numbers of training clips of the tasks up to this one.
+        """
+        del task, sizes
+        return (Stage(),)
+
+    def begin_stage(self, state: State, task: int, stage: int, data) -> State:
+        """State at the start of stage 0, 1, ... of a task; shapes stay."""
+        del task, stage, data
+        return state
+
+    def begin_epoch(self, state: State, data) -> State:
+        """State at the start of every epoch of a stage but its first, of methods that `refreshes`.
+
+        Only `aux` may change: what is computed anew of the training data as the tree moves.
+        """
+        del data
+        return state
+
+    def end_stage(self, state: State, task: int, stage: int, data) -> State:
+        """State after the last step of a stage."""
+        del task, stage, data
+        return state
+
     def replay_rows(self, state: State, batch_size: int) -> int:
         """How many of a batch's rows `replay` adds in this task; the reader gives the others."""
         del state, batch_size
@@ -109,13 +165,16 @@ class Method:
         return batch
 
     def stored(self, state: State) -> dict:
-        """What a tuning file holds: the trainable tree, and under `aux` what embedding reads."""
-        aux = {name: state["aux"][name] for name in self.embedding_aux}
-        return state["trainable"] | ({"aux": aux} if aux else {})
+        """What a tuning file holds: the trainable tree, under `aux` what embedding reads, and under
+        `statistics` what classification reads."""
+        kept = {"aux": {name: state["aux"][name] for name in self.embedding_aux},
+                "statistics": {name: state["statistics"][name] for name in self.decision}}
+        return state["trainable"] | {name: tree for name, tree in kept.items() if tree}
 
-    def restored(self, tree: dict) -> tuple[dict, dict]:
-        """(trainable, aux) of what `stored` gave."""
-        return {k: v for k, v in tree.items() if k != "aux"}, tree.get("aux", {})
+    def restored(self, tree: dict) -> State:
+        """The parts of a state that `stored` gave."""
+        kept = {name: tree.get(name, {}) for name in ("aux", "statistics")}
+        return {"trainable": {k: v for k, v in tree.items() if k not in kept}} | kept
 
     # --- optimisation ------------------------------------------------------------------------
 
@@ -133,6 +192,14 @@ class Method:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: jnp.asarray(getattr(path[-1], "key", None) not in BUFFERS),
             state["trainable"])
+
+    def constrain(self, before: dict, after: dict, aux: dict) -> dict:
+        """The trainable tree after a step, from those before and after the optimizer's update.
+
+        In the step, so pure: projections of an update, copies that follow with a moving average.
+        """
+        del before, aux
+        return after
 
     # --- the step ----------------------------------------------------------------------------
 
@@ -155,13 +222,40 @@ class Method:
     def forward(self, model, trainable, frozen, aux, batch, key) -> dict[str, jax.Array]:
         """Everything `objective` needs of each row: arrays with a leading batch axis."""
         keys = (None, None) if key is None else jax.random.split(key)
-        return {"audio": self.embed_audio(model, trainable, frozen, aux, batch, keys[0]),
-                "text": self.embed_text(model, trainable, frozen, aux, batch, keys[1])}
+        outputs = {}
+        for side, key in zip(model.towers, keys):
+            out = self.encode(side, model, trainable, frozen, aux, batch, key)
+            outputs |= self.row_outputs(side, out)
+        return outputs
+
+    def row_outputs(self, side: str, out: dict) -> dict[str, jax.Array]:
+        """What `forward` keeps of a tower's outputs: its embedding, and logits if it has any."""
+        return {side: out["embedding"]} | {k: out[k] for k in ("logits",) if k in out}
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         """(loss, metrics): scalars, from the outputs of the whole batch."""
+        if model.classes:
+            loss = losses.classification_loss(outputs["logits"], batch["label"],
+                                              aux["classes"][self.loss_classes], batch["mask"])
+            return loss, {"classification": loss}
         params, _ = self.resolve(model, trainable, frozen)
         s = losses.similarity(outputs["audio"], outputs["text"], params["logit_scale"])
         g = losses.positives(batch["clip_id"], batch["caption_key"], batch["mask"])
         loss = losses.retrieval_loss(s, g, batch["mask"])
         return loss, {"retrieval": loss}
+
+    # --- classification ------------------------------------------------------------------------
+
+    def pooled(self, model, trainable, frozen, aux, batch) -> jax.Array:
+        """What the classifier reads of each row, [B, d] float32."""
+        out = self.encode("audio", model, trainable, frozen, aux, batch)
+        return out["pooled"].astype(jnp.float32)
+
+    def scores(self, model, trainable, frozen, aux, batch) -> jax.Array:
+        """What `decide` needs of each row of a batch, [B, k]: the logits."""
+        return self.encode("audio", model, trainable, frozen, aux, batch)["logits"]
+
+    def decide(self, state: State, scores: np.ndarray) -> np.ndarray:
+        """A score [n, C] for every class, the larger the likelier; on the host."""
+        del state
+        return scores

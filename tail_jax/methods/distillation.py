@@ -14,7 +14,8 @@ class Taught:
     """Gives the method named after it among the bases of a class a teacher: a copy of its trainable
     tree, taken at the start of each task.
 
-    The outputs of `forward` then hold `teacher_audio` and `teacher_text`, without gradient. In the
+    The outputs of `forward` then hold `teacher_audio` and `teacher_text` (of a model with classes
+    `teacher_logits` in place of the latter), without gradient. In the
     first task the two are one, and `aux["distil"]`, the factor of the teacher's terms, is 0.
     """
 
@@ -65,6 +66,8 @@ class Distilled(Taught):
     feature_temperature: float = 2.0
     similarity_form: str = "matrix_kl"
     feature_form: str = "kl"
+
+    classifies = False
 
     def __post_init__(self):
         if self.similarity_form not in ("matrix_kl", "cross_time"):

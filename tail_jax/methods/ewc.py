@@ -11,6 +11,8 @@ for audio queries and the same over columns for text queries. With labels y draw
 Labels are drawn independently and a score has mean zero under its own distribution, so the queries
 of a batch are uncorrelated and the square of their sum is, in expectation, the sum of their
 squares: one backward pass a batch is unbiased. With the observed labels it would not be.
+
+Where there are classes, a row is one query, and p its softmax over the classes of the session.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class EWC(Sequential):
     Attributes:
         penalty_weight: lambda.
         decay: gamma, of the Fisher of older tasks.
-        queries: N, at the least; whole batches are used, each row of which is two queries.
+        queries: N, at the least; whole batches are used, each row of which is two queries (one,
+            where there are classes).
     """
 
     penalty_weight: float = 1e4
@@ -51,10 +54,11 @@ class EWC(Sequential):
 
     def end_task(self, state, task, data):
         total, count = jax.tree.map(jnp.zeros_like, state["trainable"]), 0
-        for number, batch in enumerate(data.batches(-(-self.queries // (2 * data.batch_size)))):
+        each = 1 if data.model.classes else 2
+        for number, batch in enumerate(data.batches(-(-self.queries // (each * data.batch_size)))):
             total = _added(self, data.model, total, state["trainable"], data.frozen, state["aux"],
                            batch, jax.random.fold_in(data.key, number))
-            count += 2 * int(batch["mask"].sum())  # fewer in the last batch of an epoch
+            count += each * int(batch["mask"].sum())  # fewer in the last batch of an epoch
         fisher = jax.tree.map(lambda old, new: self.decay * old + new / count,
                               state["aux"]["fisher"], total)
         # A copy: an alias would be freed when the step donates the trainable tree.
@@ -84,11 +88,15 @@ def squared_score(method, model, trainable, frozen, aux, batch, key):
 
     def log_likelihood(trainable):
         out = method.forward(model, trainable, frozen, aux, batch, None)
-        params, _ = method.resolve(model, trainable, frozen)
-        s = losses.similarity(out["audio"], out["text"], params["logit_scale"])
+        if model.classes:
+            tables, answers = (out["logits"],), aux["classes"]["current"]
+        else:
+            params, _ = method.resolve(model, trainable, frozen)
+            s = losses.similarity(out["audio"], out["text"], params["logit_scale"])
+            tables, answers = (s, s.T), mask
         total = 0.0
-        for logits, draw in zip((s, s.T), jax.random.split(key)):
-            logits = jnp.where(mask[None, :], logits, losses.NEGATIVE)
+        for logits, draw in zip(tables, jax.random.split(key)):
+            logits = jnp.where(answers[None, :], logits, losses.NEGATIVE)
             labels = jax.random.categorical(draw, logits)
             drawn = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
             total += jnp.where(mask, drawn, 0.0).sum()

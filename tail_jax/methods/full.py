@@ -43,6 +43,7 @@ class Frozen(Method):
     """The pretrained model as it is: the stable extreme, zero-shot on all tasks."""
 
     trains = False
+    classifies = False  # nothing has taught it the classes
 
     def init(self, key, model, params):
         return {"trainable": {}, "aux": {}}

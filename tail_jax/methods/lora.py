@@ -48,3 +48,24 @@ class LoraDistilled(Distilled, Lora):
     def __post_init__(self):
         Distilled.__post_init__(self)
         Lora.__post_init__(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class JointLora(Lora):
+    """`Lora` and a classifier on the shuffled union of all sessions, as many updates: the joint
+    training that PACE is compared with (which of its settings those were is not known).
+
+    Attributes:
+        learning_rate, heads_learning_rate, weight_decay, rank, alpha, layers: as PACE's (ours); the
+            rates are for SGD.
+    """
+
+    learning_rate: float = 0.05
+    heads_learning_rate: float = 0.01
+    weight_decay: float = 5e-4
+    rank: int = 10
+    alpha: float = 10.0
+    layers: tuple[str, ...] = ("key", "value")
+
+    joint = True
+    retrieves = False

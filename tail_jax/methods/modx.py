@@ -35,6 +35,8 @@ class ModX(Taught, Sequential):
     alignment_weight: float = 20.0
     offdiag_only: bool = False
 
+    classifies = False
+
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
         new = losses.similarity(outputs["audio"], outputs["text"], jnp.zeros(()))

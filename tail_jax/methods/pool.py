@@ -8,20 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tail_jax.methods.base import Stage
 from tail_jax.methods.tuned import Tuned
-from tail_jax.tuning.pools import SIDES
+
+SHOWN = 64  # largest pool whose entries' shares are among the metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool(Tuned):
-    """Trains {pool: {audio, text}, heads, logit_scale}; each tower has a pool of its own.
+    """Trains {pool: {audio, text}, heads, logit_scale}; each tower has a pool of its own (a model
+    with classes: {pool: {audio}, heads}).
 
     A method that has to know the number of tasks seen keeps `task`, the number of the current one,
     in `aux`: an array, so that the step is the same program in all tasks.
+
+    Attributes:
+        epochs: of each task; 0 is as long as `config.train.duration` says.
     """
+
+    epochs: int = 0
 
     group = "pool"
     own_encode = True
+
+    def stages(self, task, sizes):
+        return (Stage(duration=f"{self.epochs} epochs" if self.epochs else ""),)
 
     def choose(self, side: str, model, trainable, frozen, aux, batch,
                training: bool) -> tuple[dict, dict[str, jax.Array]]:
@@ -35,9 +46,9 @@ class Pool(Tuned):
 
     def forward(self, model, trainable, frozen, aux, batch, key):
         outputs = {}
-        for side in SIDES:
+        for side in model.towers:
             out = self.encode(side, model, trainable, frozen, aux, batch, training=True)
-            outputs[side] = out["embedding"]
+            outputs |= self.row_outputs(side, out)
             outputs |= {f"{side}_{name}": value for name, value in out["choice"].items()}
         return outputs
 
@@ -46,10 +57,10 @@ class Pool(Tuned):
 class KeyedPool(Pool):
     """A pool whose keys are drawn to the queries that chose them:
 
-        L = L_ret - lambda sum over both modalities of mean_x sum_{m in I(x)} cos(q(x), k_m)
+        L = L_task - lambda sum over both modalities of mean_x sum_{m in I(x)} cos(q(x), k_m)
 
     Facts of a row are `pull`, that sum over I(x), and `chosen` [m], entries that embedding takes.
-    Metrics: the pull, and the share of rows that chose each entry.
+    Metrics: the pull, and the share of rows that chose each entry, of pools that are not large.
 
     Attributes:
         pull_weight: lambda.
@@ -60,11 +71,11 @@ class KeyedPool(Pool):
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
         mean = lambda x: jnp.where(batch["mask"], x, 0).sum() / jnp.maximum(batch["mask"].sum(), 1)
-        for side in SIDES:
+        for side in model.towers:
             pull = metrics[f"{side}_pull"] = mean(outputs[f"{side}_pull"])
             loss -= self.pull_weight * pull
             entries = trainable["pool"][side]["keys"].shape[0]
-            for entry in range(entries):
+            for entry in range(entries if entries <= SHOWN else 0):
                 chose = (outputs[f"{side}_chosen"] == entry).any(1)
                 metrics[f"{side}_share_{entry}"] = mean(chose)
         return loss, metrics

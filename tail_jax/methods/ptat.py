@@ -31,6 +31,7 @@ class Prompts(Tuned):
     prompts: PromptConfig = PromptConfig()
 
     group = "prompts"
+    classifies = False
 
     def init_tuning(self, key, model):
         return init_prompts(key, self.prompts, model)

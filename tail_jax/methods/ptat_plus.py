@@ -58,6 +58,7 @@ class PTATPlus(Pool):
     tasks: int = 0
 
     embedding_aux = ("task", "routers")
+    classifies = False
     routes = True
 
     def __post_init__(self):

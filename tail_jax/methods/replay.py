@@ -9,11 +9,12 @@ In the first task a batch is new pairs alone; later a quarter of it is drawn fro
 replacement (padding, where the memory holds less). A batch keeps its size and a task its number of
 updates, so fewer new pairs are seen.
 
-    ER      L = L_ret over the whole batch
-    DER     L = L_ret + alpha mean over rows of the memory ( ||a - a°||^2 + ||t - t°||^2 )
+    ER      L = L_task over the whole batch
+    DER     L = L_task + alpha mean over rows of the memory ( ||a - a°||^2 + ||t - t°||^2 )
 
 with ° for the embeddings that the model gave to the pair when it was stored, at the end of its
-task.
+task. Where there are classes, a pair is a clip and its label, the loss compares all classes seen,
+and DER keeps the logits o over all classes: alpha mean ||o - o°||^2 / C.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import numpy as np
 from data_pipelines.corpora import normalise_caption
 from tail_jax.methods.full import Sequential
 
-# Of a memory row, as of a batch.
-FIELDS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "mask")
+# What the memory knows beside its rows.
+COUNTS = ("pairs_offered", "clips_offered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Replay(Sequential):
     capacity: int = 500
     replay_share: float = 0.25
 
+    loss_classes = "seen"
+
     def __post_init__(self):
         if self.capacity < 1:
             raise ValueError(f"method.capacity is {self.capacity}; expected 1 or more")
@@ -54,14 +57,12 @@ class Replay(Sequential):
                              "and less than 1")
 
     def memory(self, model, audio_shape, max_tokens):
-        del model
-        rows = {"audio": np.zeros((self.capacity, *audio_shape), np.float32),
-                "token_ids": np.zeros((self.capacity, max_tokens), np.int32),
-                "token_mask": np.zeros((self.capacity, max_tokens), bool)}
-        ids = {name: np.zeros(self.capacity, np.int32) for name in ("clip_id", "caption_key")}
-        return rows | ids | {"mask": np.zeros(self.capacity, bool),
-                             "pairs_offered": np.zeros((), np.int32),
-                             "clips_offered": np.zeros((), np.int32)}
+        empty = lambda dtype, *shape: np.zeros((self.capacity, *shape), dtype)
+        other = {"label": empty(np.int32)} if model.classes else {
+            "token_ids": empty(np.int32, max_tokens), "token_mask": empty(bool, max_tokens),
+            "caption_key": empty(np.int32)}
+        return {"audio": empty(np.float32, *audio_shape), "clip_id": empty(np.int32),
+                "mask": empty(bool)} | other | {name: np.zeros((), np.int32) for name in COUNTS}
 
     def end_task(self, state, task, data):
         old, reader = state["memory"], data.reader
@@ -79,12 +80,12 @@ class Replay(Sequential):
 
     def rows(self, state, data, pairs) -> dict[str, np.ndarray]:
         """What the memory keeps of `pairs` [n, 2] (clip row, caption row), all but `clip_id`."""
-        del state
         clips, captions = pairs.T
         reader = data.reader
-        return {"audio": data.clips(clips), "token_ids": reader.token_ids[captions],
-                "token_mask": reader.token_mask[captions],
-                "caption_key": hashes(reader.split, captions), "mask": np.ones(len(pairs), bool)}
+        other = {"label": reader.labels[clips]} if "label" in state["memory"] else {
+            "token_ids": reader.token_ids[captions], "token_mask": reader.token_mask[captions],
+            "caption_key": hashes(reader.split, captions)}
+        return {"audio": data.clips(clips), "mask": np.ones(len(pairs), bool)} | other
 
     def replay_rows(self, state, batch_size):
         if not self.replay_share or not np.asarray(state["memory"]["mask"]).any():
@@ -93,11 +94,14 @@ class Replay(Sequential):
         return min(max(int(batch_size * self.replay_share), 1), batch_size - 1)
 
     def replay(self, state, batch, rows, reader, random):
-        memory = {name: np.asarray(values) for name, values in state["memory"].items()}
+        memory = {name: np.asarray(values) for name, values in state["memory"].items()
+                  if name not in COUNTS}
         chosen = random.permutation(np.flatnonzero(memory["mask"]))[:rows]
         missing = rows - len(chosen)
-        # A reader numbers the captions of one split; a hash means the same in all.
-        new = batch | {"caption_key": hashes(reader.split, batch["caption_id"])}
+        new = dict(batch)
+        if "caption_key" in memory:
+            # A reader numbers the captions of one split; a hash means the same in all.
+            new["caption_key"] = hashes(reader.split, batch["caption_id"])
 
         def joined(name):
             kept = memory[name][chosen]
@@ -106,8 +110,7 @@ class Replay(Sequential):
             padding = np.zeros((missing, *kept.shape[1:]), kept.dtype)
             return np.concatenate([new[name], kept, padding])
 
-        return {name: joined(name)
-                for name in (*FIELDS, *(name for name in memory if name.startswith("stored_")))}
+        return {name: joined(name) for name in memory}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,19 +129,26 @@ class DarkReplay(Replay):
         return super().memory(model, audio_shape, max_tokens) | stored
 
     def replay_shapes(self, model, rows):
-        shape = jax.ShapeDtypeStruct((rows, model.embedding), jnp.float32)
-        return {"stored_audio": shape, "stored_text": shape}
+        shape = lambda width: jax.ShapeDtypeStruct((rows, width), jnp.float32)
+        if model.classes:
+            return {"stored_logits": shape(model.classes)}
+        return {"stored_audio": shape(model.embedding), "stored_text": shape(model.embedding)}
 
     def rows(self, state, data, pairs):
-        return super().rows(state, data, pairs) | {
-            "stored_audio": data.map_audio(self.embed_audio, state)[pairs[:, 0]],
-            "stored_text": data.map_text(self.embed_text, state)[pairs[:, 1]]}
+        rows = super().rows(state, data, pairs)
+        if "stored_logits" in state["memory"]:
+            return rows | {"stored_logits": data.map_audio(self.scores, state)[pairs[:, 0]]}
+        return rows | {"stored_audio": data.map_audio(self.embed_audio, state)[pairs[:, 0]],
+                       "stored_text": data.map_text(self.embed_text, state)[pairs[:, 1]]}
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
         kept = batch["mask"] & (batch["clip_id"] < 0)
-        distance = sum(((outputs[side] - batch[f"stored_{side}"]) ** 2).sum(-1)
-                       for side in ("audio", "text"))
+        if model.classes:
+            distance = ((outputs["logits"] - batch["stored_logits"]) ** 2).mean(-1)
+        else:
+            distance = sum(((outputs[side] - batch[f"stored_{side}"]) ** 2).sum(-1)
+                           for side in model.towers)
         stored = jnp.where(kept, distance, 0.0).sum() / jnp.maximum(kept.sum(), 1)
         return loss + self.stored_weight * stored, metrics | {"stored": stored}
 

@@ -40,6 +40,7 @@ class SPrompts(Pool):
 
     group = "prompts"
     embedding_aux = ("task", "centroids")
+    classifies = False
     routes = True
 
     def __post_init__(self):

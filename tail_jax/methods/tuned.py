@@ -10,7 +10,8 @@ from tail_jax.methods.base import Method
 
 @dataclasses.dataclass(frozen=True)
 class Tuned(Method):
-    """Trains {GROUP: a tree of the method's own, heads, logit_scale}; subclasses make the tree.
+    """Trains {GROUP: a tree of the method's own, heads, logit_scale}; subclasses make the tree. Of
+    a model with classes, the heads are its classifier, and there is no temperature.
 
     Attributes:
         learning_rate: of the method's own tree.
@@ -23,6 +24,8 @@ class Tuned(Method):
     train_heads: bool = True
     train_scale: bool = True
 
+    # The classifier is new, and starts at zeros; the heads of a dual encoder are pretrained (ours).
+    class_defaults = {"heads_learning_rate": 1e-3}
     group = ""  # name of the method's own tree; `training/sharding.py` has to know it
 
     def init_tuning(self, key, model) -> Any:
@@ -37,7 +40,7 @@ class Tuned(Method):
         trainable = {self.group: self.init_tuning(key, model)}
         if self.train_heads:
             trainable["heads"] = params["heads"]
-        if self.train_scale:
+        if self.train_scale and "logit_scale" in params:
             trainable["logit_scale"] = params["logit_scale"]
         return {"trainable": trainable, "aux": {}}
 

@@ -98,7 +98,8 @@ class ASTTower(nn.Module):
         block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
                             self.dtype, c.activation, c.qkv_bias)
         special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
-        hidden, special = Stack(block, c.layers, name="encoder")(
+        hidden, special, prompts = Stack(block, c.layers, name="encoder")(
             x, None, tuning, deterministic, special)
         norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
-        return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1)}
+        return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1),
+                "prompts": norm(prompts)}

@@ -91,7 +91,7 @@ class TextTower(nn.Module):
                             self.dtype, c.activation)
         # [CLS] / <s>, wherever the padding is.
         first = None if c.pool == "mean" else jnp.argmax(mask, axis=1)[:, None]
-        hidden, first = Stack(block, c.layers, name="encoder")(
+        hidden, first, prompts = Stack(block, c.layers, name="encoder")(
             x, mask, tuning, deterministic, first)
         tokens = hidden[-1]
         if c.pool == "mean":
@@ -101,4 +101,4 @@ class TextTower(nn.Module):
             pooled = first[:, 0]
             if c.pool == "pooler":
                 pooled = jnp.tanh(nn.Dense(c.width, dtype=self.dtype, name="pooler")(pooled))
-        return {"tokens": tokens, "hidden": hidden, "pooled": pooled}
+        return {"tokens": tokens, "hidden": hidden, "pooled": pooled, "prompts": prompts}

@@ -7,7 +7,8 @@
     {audio: {...}, text: {...}, heads: {audio: {...}, text: {...}}, logit_scale: []}
 
 and tuning is {audio: ..., text: ...} in the format of `transformer.py`. With one tower only there
-are no heads and no temperature: the embedding is the unit vector of what the tower pools.
+are no such heads and no temperature: the embedding is the unit vector of what the tower pools. An
+audio tower alone may have a linear classifier of it, {heads: {classes: {kernel [d, C], bias [C]}}}.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class DualEncoder:
         head_activation: of the 'mlp' head: 'relu', 'gelu', 'gelu_tanh' or 'silu'.
         dtype: 'float32' or 'bfloat16', of the towers' computation; heads, norms of the embeddings
             and everything after are float32.
+        classes: C of a classifier beside an audio tower alone; 0 without one.
     """
 
     audio: Any  # a configuration of AUDIO_TOWERS, or None
@@ -81,10 +83,14 @@ class DualEncoder:
     head: str = "mlp"
     head_activation: str = "relu"
     dtype: str = "float32"
+    classes: int = 0
 
     def __post_init__(self):
         if not self.towers:
             raise ValueError("a model has no tower; expected audio, text or both")
+        if self.classes and [*self.towers] != ["audio"]:
+            raise ValueError(f"a model with {self.classes} classes has the towers "
+                             f"{[*self.towers]}; expected audio alone")
         if len(self.towers) == 1:
             object.__setattr__(self, "embedding", _width(next(iter(self.towers.values()))))
         if self.head not in HEADS:
@@ -121,6 +127,8 @@ class DualEncoder:
     def to_dict(self) -> dict:
         """The nested dict that `from_dict` takes."""
         out = dataclasses.asdict(self)
+        if not self.classes:  # of a stream, not of a model on disk
+            del out["classes"]
         if self.audio is not None:
             kind = next(k for k, (c, _) in AUDIO_TOWERS.items() if isinstance(self.audio, c))
             out["audio"] = {"kind": kind} | out["audio"]
@@ -171,6 +179,9 @@ class DualEncoder:
             params["heads"] = {side: make(self._head(), key, jnp.zeros((1, _width(tower))))
                                for key, (side, tower) in zip(keys[2:], self.towers.items())}
             params["logit_scale"] = jnp.asarray(math.log(1 / 0.07), jnp.float32)
+        if self.classes:  # zeros: every class is as likely, and the first gradient is the data's
+            params["heads"] = {"classes": {"kernel": jnp.zeros((self.embedding, self.classes)),
+                                           "bias": jnp.zeros(self.classes)}}
         return params
 
     def encode_audio(self, params: dict, tuning: dict | None, audio: jax.Array,
@@ -178,20 +189,21 @@ class DualEncoder:
         """Audio [B, *input_shape] -> tokens, hidden, pooled, embedding [B, d] (unit rows).
 
         Audio is what the tower takes: log-mels [B, frames, mels] in the unit of its front end, or
-        waveforms [B, samples] with a mask that is False on padding.
+        waveforms [B, samples] with a mask that is False on padding. A model with classes gives
+        logits [B, C], too. `prompts` [B, n, d] is what a ViT makes of shallow prompts.
 
         `key` turns dropout on (training); without it the result is a function of each row alone.
         """
         out = _apply(self._audio_tower(), params["audio"], key, audio, mask,
                      (tuning or {}).get("audio"))
-        return self._project(params, "audio", out)
+        return self.project("audio", params, out)
 
     def encode_text(self, params: dict, tuning: dict | None, token_ids: jax.Array,
                     mask: jax.Array, *, key: jax.Array | None = None) -> dict:
         """Token ids and mask [B, N] -> tokens, hidden, pooled, embedding [B, d] (unit rows)."""
         out = _apply(self._text_tower(), params["text"], key, token_ids, mask,
                      (tuning or {}).get("text"))
-        return self._project(params, "text", out)
+        return self.project("text", params, out)
 
     def encode(self, side: str, params: dict, tuning: dict | None, batch: Mapping, *,
                key: jax.Array | None = None) -> dict:
@@ -201,10 +213,14 @@ class DualEncoder:
                                      key=key)
         return self.encode_text(params, tuning, batch["token_ids"], batch["token_mask"], key=key)
 
-    def _project(self, params, side, out):
+    def project(self, side: str, params: dict, out: dict) -> dict:
+        """A tower's outputs with what the heads make of `out["pooled"]`: embedding, logits."""
         x = out["pooled"].astype(jnp.float32)
         if len(self.towers) == 2:
             x = self._head().apply({"params": params["heads"][side]}, x)
+        elif self.classes:
+            head = params["heads"]["classes"]
+            out = out | {"logits": x @ head["kernel"] + head["bias"]}
         return out | {"embedding": x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)}
 
 

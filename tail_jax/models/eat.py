@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,7 +93,12 @@ class EATTower(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, audio, mask=None, tuning=None, deterministic=True):
+    def __call__(self, audio, mask=None, tuning=None, deterministic=True, visible=None):
+        """Returns tokens [B, 1 + patches, width] with CLS first, hidden of every layer, and pooled.
+
+        `visible`, int [B, k], are the patches that enter the blocks, by their number in frame-major
+        order; None is all of them. Each keeps the position of its place, CLS always stays.
+        """
         del mask  # the window is fixed: silence is input, not padding
         c = self.config
         x = standardise(self, audio, -4.268, 4.569)[..., None].astype(self.dtype)
@@ -100,14 +106,33 @@ class EATTower(nn.Module):
                     name="patch")(x)
         x = x.reshape(x.shape[0], -1, c.width)
         x += jnp.asarray(sincos_positions(c.grid, c.width), self.dtype)
+        if visible is not None:
+            x = jnp.take_along_axis(x, visible[..., None], 1)
         cls = self.param("cls", nn.initializers.normal(0.02), (c.width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], 1)
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype)
         first = jnp.zeros((x.shape[0], 1), int) if c.pool == "cls" else None
-        hidden, first = Stack(block, c.layers, name="encoder")(
+        hidden, first, prompts = Stack(block, c.layers, name="encoder")(
             x, None, tuning, deterministic, first)
         tokens = hidden[-1]
         pooled = first[:, 0] if c.pool == "cls" else tokens[:, 1:].mean(1)
-        return {"tokens": tokens, "hidden": hidden, "pooled": pooled}
+        return {"tokens": tokens, "hidden": hidden, "pooled": pooled, "prompts": prompts}
+
+
+def encode_patches(config: EATConfig, params: dict, audio: jax.Array,
+                   visible: jax.Array | None = None, *, dtype: Any = jnp.float32) -> dict:
+    """What `EATTower` makes of these patches alone, deterministic and without tuning.
+
+    Args:
+        config: of the tower.
+        params: its parameters, `params["audio"]` of a dual encoder.
+        audio: log-mels [B, frames, mels].
+        visible: int [B, k], numbers of the patches to keep; None keeps all.
+        dtype: of the computation.
+
+    Returns:
+        {tokens [B, 1 + k, width], hidden: of every layer, pooled [B, width]}.
+    """
+    return EATTower(config, dtype).apply({"params": params}, audio, visible=visible)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.eat import EATConfig
 from tail_jax.models.htsat import HTSATConfig
 
 _MINI_TEXT = TextConfig(vocab_size=1024, width=64, layers=2, heads=4, hidden=256,
@@ -19,6 +20,12 @@ PRESETS = {
     "mini-htsat": DualEncoder(
         HTSATConfig(spec_size=64, mels=32, patch=8, width=48, depths=(1, 1), heads=(2, 4),
                     window=4), _MINI_TEXT, embedding=64),
+    # Audio alone, for pretraining without captions: when four fifths are masked, patches of 8 leave
+    # 13 of 64 to see, those of 16 would leave 3.
+    "mini-eat": DualEncoder(
+        EATConfig(frames=128, mels=32, patch=8, width=96, layers=4, heads=4, hidden=384), None),
+    # EAT and SSLAM as PACE takes them, 5.12 s of 128 bands.
+    "eat-base": DualEncoder(EATConfig(frames=512), None),
     # Specification configuration B: LAION CLAP (HTSAT-tiny, RoBERTa-base).
     "clap-htsat-tiny": DualEncoder(HTSATConfig(), TextConfig()),
     # Specification configuration A: AST-base and BERT-base, new heads.

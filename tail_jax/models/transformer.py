@@ -255,12 +255,13 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, tuning=None, deterministic=True, chosen=None):
-        """Returns (hidden, chosen tokens).
+        """Returns (hidden, chosen tokens, prompts).
 
         hidden is a list of layers + 1 token arrays: the input and the output of each block. The
         chosen tokens [B, k, d] are the same as in hidden[-1], but computed by themselves: where
         only they are used, the compiler drops the last block's work on all others, 7 % of a
-        12-layer text tower.
+        12-layer text tower. Prompts [B, n, d] are what the last block makes of shallow prompts (n =
+        0 without any), computed by themselves, too; in `hidden` and the tokens they are not.
 
         Args:
             x: [B, S, d].
@@ -268,8 +269,6 @@ class Stack(nn.Module):
             tuning: see the top of the file.
             deterministic: False applies dropout.
             chosen: int [B, k], tokens that a tower pools; None: hidden[-1] is returned for them.
-
-        Shallow prompts are dropped from what is returned.
         """
         tuning = tuning or {}
         if mask is None:
@@ -281,12 +280,15 @@ class Stack(nn.Module):
             x = _stack([prompts, x], x)
             mask = jnp.pad(mask, [(0, 0), (count, 0)], constant_values=True)
             tuning = {k: v for k, v in tuning.items() if k != "prompts"}
-        hidden, alone = [x], x
+        hidden, alone, prompted = [x], x, x[:, :0]
         for i, own in enumerate(layer_tuning(tuning, self.layers, x.ndim)):
             block = Block(self.config, name=f"layer_{i:02d}")
             inputs = hidden[-1], None, mask[:, None, None, :], own, deterministic
             if chosen is not None and i == self.layers - 1:
                 alone = block(*inputs, chosen=chosen + count)
+            if count and i == self.layers - 1:
+                first = jnp.broadcast_to(jnp.arange(count), (x.shape[0], count))
+                prompted = block(*inputs, chosen=first)
             hidden.append(block(*inputs))
         hidden = [h[:, count:] for h in hidden]
-        return hidden, hidden[-1] if chosen is None else alone
+        return hidden, hidden[-1] if chosen is None else alone, prompted

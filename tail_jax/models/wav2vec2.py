@@ -156,12 +156,13 @@ class Wav2Vec2Tower(nn.Module):
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, c.norm, c.epsilon, c.dropout, self.dtype,
                             c.activation)
-        hidden, _ = Stack(block, c.layers, name="encoder")(x, shown, tuning, deterministic)
+        hidden, _, prompts = Stack(block, c.layers, name="encoder")(
+            x, shown, tuning, deterministic)
         tokens = norm(hidden[-1]) if c.norm == "pre" else hidden[-1]
         total = jnp.where(shown[..., None], tokens, 0).sum(1, dtype=jnp.float32)
         pooled = total / jnp.maximum(shown.sum(1, keepdims=True), 1)
         return {"tokens": tokens, "hidden": hidden, "pooled": pooled.astype(self.dtype),
-                "frame_mask": shown}
+                "prompts": norm(prompts) if c.norm == "pre" else prompts, "frame_mask": shown}
 
     def _features(self, x, lengths):
         """[B, S] -> [B, F, c]: frames that look at no sample after `lengths` [B] depend on none."""

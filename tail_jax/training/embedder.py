@@ -1,4 +1,4 @@
-"""Embeds the clips and captions of a split under a method's current state."""
+"""Embeds or scores the clips and captions of a split under a method's current state."""
 
 from __future__ import annotations
 
@@ -25,14 +25,29 @@ class Embedder:
             return jax.jit(run, in_shardings=(None, None, None, rows), out_shardings=here)
 
         self._audio, self._text = compiled(method.embed_audio), compiled(method.embed_text)
+        self._scores = compiled(method.scores)
 
     def audio(self, reader, trainable, frozen, aux, *, training: bool = False) -> np.ndarray:
         """[clips, d]: evaluation chunks of every clip, or the chunk that training sees."""
-        total = np.zeros((len(reader.split.clips), self._dimension), np.float32)
-        for batch in reader.audio_batches(self._batch, training=training):
-            row = self._run(self._audio, trainable, frozen, aux, batch, ("audio", "mask"))
-            np.add.at(total, batch["clip_id"][batch["mask"]], row[batch["mask"]])
+        total, _ = self._sum(self._audio, reader, (trainable, frozen, aux), training)
         return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
+
+    def scores(self, reader, trainable, frozen, aux) -> np.ndarray:
+        """`method.scores` of every clip, [clips, k]: the mean over its evaluation chunks."""
+        total, count = self._sum(self._scores, reader, (trainable, frozen, aux), False)
+        return total / count[:, None]
+
+    def _sum(self, function, reader, state, training):
+        """(sum over the chunks of each clip, [clips, k]; number of its chunks)."""
+        clips, total = len(reader.split.clips), None
+        count = np.zeros(clips, np.int32)
+        for batch in reader.audio_batches(self._batch, training=training):
+            row = self._run(function, *state, batch, ("audio", "mask"))
+            if total is None:
+                total = np.zeros((clips, row.shape[1]), np.float32)
+            np.add.at(total, batch["clip_id"][batch["mask"]], row[batch["mask"]])
+            np.add.at(count, batch["clip_id"][batch["mask"]], 1)
+        return total, count
 
     def text(self, reader, trainable, frozen, aux) -> np.ndarray:
         """[captions, d]."""

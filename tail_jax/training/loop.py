@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tail_jax.training.sharding import put_batch
 
 # What the step reads of a batch; the rest (clip names, say) stays on the host.
-STEP_KEYS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "mask",
+STEP_KEYS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "label", "mask",
              "teacher_audio", "teacher_text")
 
 
@@ -92,6 +92,8 @@ class TaskLoop:
         key: of the task; the step folds its number in.
         write: called with (step, metrics) every `log_every` steps and at the last.
         save: called with (step, trainable, opt_state) to write a checkpoint.
+        refresh: called with (step, trainable) before each step, the `aux` that it gets; None for
+            the same all the time.
         stop: tells whether to save and leave.
         clip_name: name of a `clip_id`, for messages.
         log_every: steps between metrics on disk.
@@ -111,6 +113,7 @@ class TaskLoop:
     log_every: int = 10
     save_seconds: float = 300.0
     keys: tuple[str, ...] = STEP_KEYS
+    refresh: Callable[[int, Any], Any] | None = None
     seconds: list[float] = dataclasses.field(default_factory=list, init=False)
 
     def run(self, title, batches, trainable, opt_state, frozen, aux, mask, start, total):
@@ -145,6 +148,7 @@ class TaskLoop:
         try:
             for number in range(start, total):
                 batch = next(batches)
+                aux = aux if self.refresh is None else self.refresh(number, trainable)
                 position = jnp.asarray([number, total], jnp.int32)
                 device_batch = put_batch({k: batch[k] for k in self.keys if k in batch}, self.mesh)
                 trainable, opt_state, metrics = self.step(

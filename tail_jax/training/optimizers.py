@@ -1,4 +1,4 @@
-"""Durations, the learning-rate schedule, and AdamW with rates, decay and freezing by leaf."""
+"""Durations, the learning-rate schedule, AdamW and SGD with rates, decay and freezing by leaf."""
 
 from __future__ import annotations
 
@@ -44,22 +44,29 @@ def schedule(step, total, warmup: float):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW.
+    """AdamW or SGD.
 
     Attributes:
+        kind: 'adamw', whose weight decay is decoupled, or 'sgd', with momentum after the decay:
+            v <- momentum v + (gradient + decay p),  p <- p - rate v.
         b1, b2, epsilon: of Adam.
+        momentum: of SGD.
         clip: largest global gradient norm.
         warmup: share of a task's steps.
     """
 
+    kind: str = "adamw"
     b1: float = 0.9
     b2: float = 0.98
     epsilon: float = 1e-8
+    momentum: float = 0.9
     clip: float = 1.0
     warmup: float = 0.1
 
     def __post_init__(self):
-        for name, least, below in (("b1", 0, 1), ("b2", 0, 1), ("warmup", 0, 1),
+        if self.kind not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer.kind is {self.kind!r}; expected 'adamw' or 'sgd'")
+        for name, least, below in (("b1", 0, 1), ("b2", 0, 1), ("warmup", 0, 1), ("momentum", 0, 1),
                                    ("epsilon", 0, float("inf")), ("clip", 0, float("inf"))):
             if not least <= getattr(self, name) < below:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; expected at least "
@@ -75,22 +82,24 @@ class Optimizer:
 
 
 def make_optimizer(config: OptimizerConfig, method, trainable) -> Optimizer:
-    """AdamW whose rates and decays follow the method's rules over the leaves of `trainable`.
+    """An optimizer whose rates and decays follow the method's rules over leaves of `trainable`.
 
     update(gradients, state, trainable, mask, step, total) -> (trainable, state, gradient norm).
     The mask multiplies updates, not gradients: momentum and decay would move what has none.
     """
     rates = apply_rules(trainable, method.learning_rates(), "learning rates")
     decays = apply_rules(trainable, method.weight_decays(), "weight decays")
-    transform = optax.chain(optax.clip_by_global_norm(config.clip),
-                            optax.scale_by_adam(config.b1, config.b2, config.epsilon))
+    decayed = optax.stateless(lambda updates, params: jax.tree.map(
+        lambda u, p, decay: u + decay * p, updates, params, decays))
+    rule = {"adamw": (optax.scale_by_adam(config.b1, config.b2, config.epsilon), decayed),
+            "sgd": (decayed, optax.trace(config.momentum))}[config.kind]
+    transform = optax.chain(optax.clip_by_global_norm(config.clip), *rule)
 
     def update(gradients, state, trainable, mask, step, total):
         updates, new_state = transform.update(gradients, state, trainable)
         factor = schedule(step, total, config.warmup)
-        new = jax.tree.map(
-            lambda p, u, rate, decay, m: p - (factor * rate * m) * (u + decay * p),
-            trainable, updates, rates, decays, mask)
+        new = jax.tree.map(lambda p, u, rate, m: p - (factor * rate * m) * u,
+                           trainable, updates, rates, mask)
         return new, new_state, optax.global_norm(gradients)
 
     return Optimizer(transform.init, update)

@@ -11,20 +11,20 @@ from tail_jax.tuning.masks import apply_rules
 # Every parameter of every tower, by name. Wide layers are split over `model` as in Megatron (into
 # heads and hidden units, then back); everything else is replicated.
 PARAMETER_RULES = [
-    (r"(audio|text)/.*/(query|key|value|up)/kernel", P(None, "model")),
-    (r"(audio|text)/.*/(query|key|value|up)/bias", P("model")),
-    (r"(audio|text)/.*/(out|down)/kernel", P("model", None)),
-    (r"(audio|text)/.*/(out|down)/bias", P()),
+    (r"(audio|text|teacher)/.*/(query|key|value|up)/kernel", P(None, "model")),
+    (r"(audio|text|teacher)/.*/(query|key|value|up)/bias", P("model")),
+    (r"(audio|text|teacher)/.*/(out|down)/kernel", P("model", None)),
+    (r"(audio|text|teacher)/.*/(out|down)/bias", P()),
     (r"text/(word|position|token_type)/embedding", P()),
     (r"text/pooler/(kernel|bias)", P()),
-    (r"(audio|text)/(.*/)?\w*norm\w*/(scale|bias|running_mean|running_var)", P()),
-    (r"audio/(patch|merge_\d|project|fc\d|(conv|position)_\d+)/(kernel|bias)", P()),
+    (r"(audio|text|teacher)/(.*/)?\w*norm\w*/(scale|bias|running_mean|running_var)", P()),
+    (r"(audio|teacher)/(patch|merge_\d|project|fc\d|(conv|position)_\d+)/(kernel|bias)", P()),
     (r"audio/(block_\d/conv\d|fusion/(patch|(local|global)_conv_\d))/(kernel|bias)", P()),
-    (r"audio/(input_mean|input_std|cls|dist|position)", P()),
+    (r"(audio|teacher)/(input_mean|input_std|cls|dist|position)", P()),
     (r"audio/stage_\w+/relative_position_bias", P()),
     (r"heads/.*", P()),
-    (r"logit_scale", P()),
-    (r"(prompts|pool|lora|adapters)/.*", P()),
+    (r"logit_scale|updates", P()),
+    (r"(prompts|pool|lora|adapters|decoder)/.*", P()),
 ]
 
 

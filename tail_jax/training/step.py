@@ -79,8 +79,9 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
             return method.objective(model, trainable, frozen, aux, outputs, batch)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
-        trainable, opt_state, norm = optimizer.update(
+        updated, opt_state, norm = optimizer.update(
             gradients, opt_state, trainable, mask, position[0], position[1])
+        trainable = method.constrain(trainable, updated, aux)
         # The norm after the update, so that finite metrics mean a state that can be kept.
         return trainable, opt_state, metrics | {
             "loss": value, "gradient_norm": norm, "parameter_norm": optax.global_norm(trainable)}

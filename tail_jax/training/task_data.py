@@ -38,10 +38,15 @@ class TaskData:
     def batches(self, count: int) -> Iterator[dict]:
         """`count` training batches in an order of their own, on the devices."""
         batches = self.reader.train_batches(self.batch_size, self.seed)
-        keys = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "mask")
+        keys = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "label", "mask")
         for _ in range(count):
             batch = next(batches)
-            yield put_batch({k: batch[k] for k in keys}, self.mesh)
+            yield put_batch({k: batch[k] for k in keys if k in batch}, self.mesh)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [clips], the number of each clip's class; of class-incremental streams."""
+        return self.reader.labels
 
     def map_audio(self, function: Callable, state: dict) -> np.ndarray:
         """function(model, trainable, frozen, aux, batch) [B, ...] of every clip, [clips, ...].
@@ -49,13 +54,37 @@ class TaskData:
         A clip is seen as training sees it: its middle, where it is longer than the window.
         """
         batches = self.reader.audio_batches(self.batch_size, training=True)
-        return self._map(function, state, batches, "clip_id", ("audio", "mask"))
+        return self._map(function, state, batches, "clip_id", ("audio", "clip_id", "mask"))
+
+    def fold_audio(self, function: Callable, state: dict, merge: Callable) -> Any:
+        """merge(... merge(merge(None, part 1), part 2) ..., last part) on the host.
+
+        A part is function(model, trainable, frozen, aux, batch) of a whole batch, its padding rows
+        included (`batch["mask"]`): sums over clips, of which one a clip would not fit in memory.
+        """
+        run, total = _compiled(function, self.model, self.mesh), None
+        for batch in self.reader.audio_batches(self.batch_size, training=True):
+            rows = put_batch({k: batch[k] for k in ("audio", "clip_id", "mask")}, self.mesh)
+            total = merge(total, run(state["trainable"], self.frozen, state["aux"], rows))
+        return total
 
     def map_text(self, function: Callable, state: dict) -> np.ndarray:
         """The same of every caption, [captions, ...]."""
         batches = self.reader.text_batches(self.batch_size)
         return self._map(function, state, batches, "caption_id",
                          ("token_ids", "token_mask", "mask"))
+
+    def map_rows(self, function: Callable, state: dict, audio: np.ndarray) -> np.ndarray:
+        """The same of audio [n, frames, mels] from elsewhere, of a memory, say; n > 0."""
+        def batches():
+            for start in range(0, len(audio), self.batch_size):
+                rows = np.arange(start, min(start + self.batch_size, len(audio)), dtype=np.int32)
+                missing = self.batch_size - len(rows)
+                yield {"audio": np.pad(audio[rows], ((0, missing), (0, 0), (0, 0))),
+                       "clip_id": np.pad(rows, (0, missing)),
+                       "mask": np.arange(self.batch_size) < len(rows)}
+
+        return self._map(function, state, batches(), "clip_id", ("audio", "clip_id", "mask"))
 
     def clips(self, rows: np.ndarray) -> np.ndarray:
         """Audio [n, frames, mels] of these rows of `reader.split.clips`, as training sees it."""

@@ -76,6 +76,13 @@ def init_pool(key: jax.Array, tower, entries: int, length: int, ranges) -> dict:
     return pool
 
 
+def init_prefixes(key: jax.Array, tower, entries: int, length: int, first: int, last: int) -> dict:
+    """{key, value}: two pools, of prefixes in the layers from `first` to `last` (not in it)."""
+    ranges = layer_ranges(tower, first, last)
+    return {name: init_pool(k, tower, entries, length, ranges)
+            for name, k in zip(("key", "value"), jax.random.split(key))}
+
+
 def layer_ranges(tower, first: int, last: int):
     """`stage_ranges` of a tower."""
     return stage_ranges(tower.layer_widths, first, last)
@@ -156,13 +163,13 @@ def centroids(features: np.ndarray, count: int, seed: int, rounds: int = 100) ->
     x = np.asarray(features, np.float64)
     centres = x[random.integers(len(x))][None]
     while len(centres) < count:
-        nearest = _squared_distances(x, centres).min(1)
+        nearest = squared_distances(x, centres).min(1)
         total = nearest.sum()
         chosen = random.choice(len(x), p=nearest / total if total > 0 else None)
         centres = np.concatenate([centres, x[chosen][None]])
     labels = None
     for _ in range(rounds):
-        before, labels = labels, _squared_distances(x, centres).argmin(1)
+        before, labels = labels, squared_distances(x, centres).argmin(1)
         if before is not None and (before == labels).all():
             break
         for k in np.unique(labels):  # a centre without features stays
@@ -170,7 +177,8 @@ def centroids(features: np.ndarray, count: int, seed: int, rounds: int = 100) ->
     return centres.astype(np.float32)
 
 
-def _squared_distances(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def squared_distances(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """||x_i - c_k||^2, [n, K], of x [n, d] and centres [K, d]."""
     gaps = (x * x).sum(1)[:, None] - 2 * x @ centres.T + (centres * centres).sum(1)
     return np.maximum(gaps, 0)
 

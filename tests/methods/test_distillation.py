@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tail_jax import methods
+from tests.tiny import TwoTowers
 
 NAMES = ("lwf_feature", "lwf_similarity", "modx")
 REAL = {3: 3, 5: 4, 8: 6}
@@ -30,9 +31,9 @@ def loss_and_metrics(name, rows, out, distil=1.0, scales=(1.5, 0.7), **settings)
     aux = {"teacher": {"logit_scale": jnp.float32(scales[1])}, "distil": jnp.float32(distil)}
     trainable = {"logit_scale": jnp.float32(scales[0])}
     out = jax.tree.map(jnp.asarray, out)
-    loss, metrics = method.objective(None, trainable, {}, aux, out, batch)
+    loss, metrics = method.objective(TwoTowers(), trainable, {}, aux, out, batch)
     gradient = jax.grad(lambda a: method.objective(
-        None, trainable, {}, aux, out | {"audio": a}, batch)[0])(out["audio"])
+        TwoTowers(), trainable, {}, aux, out | {"audio": a}, batch)[0])(out["audio"])
     return float(loss), {k: float(v) for k, v in metrics.items()}, np.asarray(gradient)
 
 

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from tail_jax.methods.ewc import EWC, squared_score
 from tail_jax.methods.full import Sequential
+from tests.tiny import TwoTowers
 
 ROWS, REAL = 5, 4
 
@@ -49,7 +50,7 @@ def make_batch():
 class Data:
     """A task of one batch, over and over."""
 
-    model, frozen, key, batch_size = None, {}, jax.random.key(5), ROWS
+    model, frozen, key, batch_size = TwoTowers(), {}, jax.random.key(5), ROWS
     asked = None
 
     def batches(self, count):
@@ -76,8 +77,8 @@ def test_first_task_has_the_loss_of_sequential_and_later_ones_the_penalty():
     state = LinearEWC().init(jax.random.key(0), None, start)
 
     def loss(method, trainable, aux):
-        outputs = method.forward(None, trainable, {}, aux, batch, None)
-        return float(method.objective(None, trainable, {}, aux, outputs, batch)[0])
+        outputs = method.forward(TwoTowers(), trainable, {}, aux, batch, None)
+        return float(method.objective(TwoTowers(), trainable, {}, aux, outputs, batch)[0])
 
     plain = loss(LinearSequential(), moved, {})
     assert loss(LinearEWC(), moved, state["aux"]) == plain
@@ -110,7 +111,7 @@ def exact_fisher(params, batch):
 def test_sampled_fisher_is_the_exact_one_in_the_mean():
     params, batch, draws = tree(6), make_batch(), 20000
     run = jax.jit(jax.vmap(
-        lambda key: squared_score(LinearEWC(), None, params, {}, {}, batch, key)))
+        lambda key: squared_score(LinearEWC(), TwoTowers(), params, {}, {}, batch, key)))
     sampled = jax.device_get(run(jax.random.split(jax.random.key(7), draws)))
     for name, exact in exact_fisher(params, batch).items():
         error = sampled[name].std(0) / draws**0.5
@@ -123,7 +124,7 @@ def test_fisher_is_decayed_and_averaged_over_queries():
     state = jax.tree.map(jnp.array, method.init(jax.random.key(0), None, params))
     once = method.end_task(state, 0, data)
     assert data.asked == 3  # of two queries a row: 30, of which 24 are real
-    total = [squared_score(method, None, params, {}, {}, make_batch(),
+    total = [squared_score(method, TwoTowers(), params, {}, {}, make_batch(),
                            jax.random.fold_in(Data.key, i)) for i in range(3)]
     expected = jax.tree.map(lambda *x: sum(x) / (3 * 2 * REAL), *total)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

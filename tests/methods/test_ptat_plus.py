@@ -235,10 +235,11 @@ def test_evaluation_tells_how_often_an_item_is_given_its_own_task(tiny_config, t
     # By hand, from what the tuning file holds and the readers give.
     run = open_run(json.loads((tmp_path / "config.json").read_text()), tmp_path)
     tree, _ = load_tree(tmp_path / "tuning" / "task_2.safetensors")
-    trainable, aux = run.method.restored(tree)
+    kept = run.method.restored(tree)
     for number, reader in enumerate(run.tests):
         rows = {"token_ids": reader.token_ids, "token_mask": reader.token_mask}
-        weights = run.method.tasks_of("text", run.model, trainable, run.frozen, aux, rows)
+        weights = run.method.tasks_of("text", run.model, kept["trainable"], run.frozen,
+                                      kept["aux"], rows)
         right = np.asarray(weights).argmax(1) == number
         assert both["text"][number] == pytest.approx(right.mean())
     assert len(both["audio"]) == 2 and all(0 <= x <= 1 for x in both["audio"])

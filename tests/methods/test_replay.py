@@ -15,9 +15,10 @@ from tail_jax.methods.replay import DarkReplay, Replay, hashes, reservoir
 from tail_jax.models.htsat import HTSATConfig
 from tail_jax.run import open_run, read
 from tail_jax.training.checkpoints import Checkpoints
+from tests.tiny import TwoTowers
 
 SHAPE, TOKENS = (3, 2), 4
-MODEL = types.SimpleNamespace(embedding=5)
+MODEL = TwoTowers(embedding=5)
 
 
 @dataclasses.dataclass
@@ -207,7 +208,7 @@ def test_der_adds_the_squared_distance_to_stored_embeddings_over_memory_rows():
 
     def loss(name, **settings):
         method = methods.build({"name": name} | settings)
-        return float(method.objective(None, trainable, {}, {}, {"audio": a, "text": t}, batch)[0])
+        return float(method.objective(MODEL, trainable, {}, {}, {"audio": a, "text": t}, batch)[0])
 
     expected = np.mean([((a[i] - a0[i]) ** 2).sum() + ((t[i] - t0[i]) ** 2).sum()
                         for i in (3, 4, 5)])

@@ -1,6 +1,7 @@
 """EAT's tower: what its tokens depend on (its numbers are compared in tests/pretrained)."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from tail_jax.models.dual_encoder import BUFFERS
-from tail_jax.models.eat import EATConfig, EATTower, sincos_positions
+from tail_jax.models.eat import EATConfig, EATTower, encode_patches, sincos_positions
+from tail_jax.models.transformer import BlockConfig, Stack
 from tail_jax.tuning.masks import count
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -108,6 +110,58 @@ def test_statistics_get_no_gradient():
     grads = jax.jit(jax.grad(loss))(params)
     assert grads["input_mean"] == 0 and grads["input_std"] == 0
     assert np.abs(grads["cls"]).max() > 0
+
+
+# --- A part of the patches --------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(config, params, audio, visible=None):
+    return encode_patches(config, params, audio, visible)
+
+
+VISIBLE = np.array([[0, 3, 5], [1, 2, 4], [2, 3, 4]])
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_visible_patches_are_the_whole_tower_with_attention_to_them_alone(pool):
+    config, audio = dataclasses.replace(CONFIG, pool=pool), random_audio(CONFIG)
+    params = random_params(CONFIG)
+    out = encode(config, params, audio, VISIBLE)
+    seen = np.concatenate([np.zeros((3, 1), int), 1 + VISIBLE], 1)
+    mask = np.zeros((3, 7), bool)
+    np.put_along_axis(mask, seen, True, 1)
+    block = BlockConfig(12, 3, 20, "post", CONFIG.epsilon)
+    whole, *_ = jax.jit(Stack(block, 3).apply)(
+        {"params": params["encoder"]}, encode(CONFIG, params, audio)["hidden"][0], mask)
+    expected = [np.take_along_axis(np.asarray(h), seen[..., None], 1) for h in whole]
+    for own, reference in zip(out["hidden"], expected):
+        np.testing.assert_allclose(own, reference, atol=1e-5)
+    last = expected[-1]
+    np.testing.assert_allclose(out["pooled"], last[:, 0] if pool == "cls" else last[:, 1:].mean(1),
+                               atol=1e-5)
+
+
+def test_what_is_masked_has_no_influence():
+    params, audio = random_params(CONFIG), random_audio(CONFIG)
+    other = audio.copy()
+    for row, shown in enumerate(VISIBLE):
+        for patch in set(range(6)) - set(shown):
+            frame, mel = 4 * (patch // 2), 4 * (patch % 2)
+            other[row, frame:frame + 4, mel:mel + 4] += 5
+    before, after = (encode(CONFIG, params, x, VISIBLE)["tokens"] for x in (audio, other))
+    assert (before == after).all()
+    whole = [encode(CONFIG, params, x)["tokens"] for x in (audio, other)]
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
+
+
+def test_all_patches_visible_is_the_tower_and_their_order_is_that_of_the_tokens():
+    params, audio = random_params(CONFIG), random_audio(CONFIG)
+    order = np.array([4, 0, 5, 2, 1, 3])
+    whole = encode(CONFIG, params, audio)
+    turned = encode(CONFIG, params, audio, np.tile(order, (3, 1)))
+    np.testing.assert_allclose(turned["tokens"], whole["tokens"][:, np.r_[0, 1 + order]], atol=1e-5)
+    np.testing.assert_allclose(apply(CONFIG, params, audio)["tokens"], whole["tokens"], atol=1e-5)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -169,7 +169,8 @@ def test_bfloat16_towers_give_float32_embeddings_close_to_those_of_float32(name)
 # --- Descriptions -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mini-htsat", "mini-ast", "clap-htsat-tiny", "ast-base"])
+@pytest.mark.parametrize("name", ["mini-htsat", "mini-ast", "mini-eat", "clap-htsat-tiny",
+                                  "ast-base", "eat-base"])
 def test_description_survives_a_round_trip(name):
     assert DualEncoder.from_dict(preset(name).to_dict()) == preset(name)
 

@@ -14,45 +14,69 @@ from tail_jax.methods.ablations import VARIANTS
 from tail_jax.methods.full import Sequential
 from tail_jax.training.checkpoints import load_tree, tree_hash
 from tail_jax.training.step import TrainStep
-from tail_jax.train import train
+from tail_jax.train import make_plan, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-# Variants of a method differ from it in defaults alone.
-NAMES = [name for name in methods.METHODS if name not in VARIANTS]
-TRAINED = [name for name in NAMES if methods.METHODS[name].trains]
-# 27 and 15 pairs in batches of 8; together or one after the other.
-STEPS, KEPT = 4 + 2, 5
+# Every method on every kind of stream that it is for. Variants of a method differ from it in
+# defaults alone.
+CASES = [pytest.param((name, kind), id=name if kind == "retrieves" else f"{name}-classes",
+                      marks=pytest.mark.xdist_group(f"{name}-{kind}"))
+         for name, method in methods.METHODS.items() if name not in VARIANTS
+         for kind in ("retrieves", "classifies") if getattr(method, kind)]
+# Of these, those that take steps; NCM reads its training clips and that is all.
+TRAINED = [case for case in CASES
+           if methods.METHODS[case.values[0][0]].trains and case.values[0][0] != "ncm"]
+# Settings that are for sizes of their own.
+SMALL = {"capacity": 10, "queries": 40, "features": 32, "copies": 3, "reg_copies_per_step": 2,
+         "frozen_epochs": 1, "adapt_epochs": 1}
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config, tmp_path_factory):
-    """runs(method) -> (config, workdir, results, calls of the step), each run done once.
+def runs(tiny_config, tiny_classes_config, tmp_path_factory):
+    """runs(case) -> (config, workdir, results, calls of the step, plan), each run done once.
 
-    WORKDIR_killed is the folder as it was after step `KEPT`, with a checkpoint of that step.
+    The plan has the steps of each stage of each task. WORKDIR_killed is the folder as it was before
+    the last step, with a checkpoint of then.
     """
     done = {}
 
-    def run(method):
-        if method not in done:
-            layers = {f"model.{side}.layers": 1 for side in ("audio", "text")
-                      if issubclass(methods.METHODS[method], Sequential)}  # quicker to compile
-            config = tiny_config(method, tasks=2, **{"train.duration": "1 epochs"} | layers)
-            workdir = tmp_path_factory.mktemp(method)
+    def run(case):
+        if case not in done:
+            method, kind = case
+            small = issubclass(methods.METHODS[method], Sequential)  # quicker to compile
+            layers = {"model.audio.layers": 1} if small else {}
+            if kind == "retrieves":
+                layers |= {"model.text.layers": 1} if small else {}
+                config = tiny_config(method, tasks=2, **{"train.duration": "1 epochs"} | layers)
+            else:
+                config = tiny_classes_config(method, 2, **{"train.duration": "3 steps"} | layers)
+            config["method"] |= {k: v for k, v in SMALL.items() if k in config["method"]}
+            if config["method"].get("first_session", True) not in (True, ""):
+                config["method"]["first_session"] = "3 steps"
+            workdir, plan = tmp_path_factory.mktemp("-".join(case)), []
+
+            def planned(run):
+                tasks = make_plan(run)
+                plan.extend([steps for _, steps in task.stages] for task in tasks)
+                return tasks
+
             with watched_steps() as calls, pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train_module, "watch_signals", lambda: kept_step(calls, workdir))
-                done[method] = config, workdir, train(config, workdir), calls
-        return done[method]
+                patch.setattr(train_module, "make_plan", planned)
+                patch.setattr(train_module, "watch_signals",
+                              lambda: kept_step(calls, plan, workdir))
+                done[case] = config, workdir, train(config, workdir), calls, plan
+        return done[case]
 
     return run
 
 
 @contextlib.contextmanager
-def kept_step(calls, workdir):
+def kept_step(calls, plan, workdir):
     """Signals as the trainer watches them: one that has it save a step, and then does not stop."""
     asked = []
 
     def stop():
-        if len(calls) == KEPT:
+        if len(calls) == sum(map(sum, plan)) - 1:
             asked.append(1)
             if len(asked) == 2:
                 shutil.copytree(workdir, workdir.with_name(f"{workdir.name}_killed"))
@@ -79,41 +103,46 @@ def watched_steps():
         yield calls
 
 
-@pytest.mark.parametrize("method", NAMES)
-def test_two_tasks_are_trained_in_one_program_and_measured(runs, method):
-    _, _, results, calls = runs(method)
-    kind = methods.METHODS[method]
-    assert results["trace_count"] == int(kind.trains)
-    assert len([call for call in calls if call["position"][0] == 0]) == (
-        0 if not kind.trains else 1 if kind.joint else 2)
-    assert len(calls) == STEPS * kind.trains
-    last = results["matrices"]["text_to_audio/mAP@10/own/fresh"][-1]
+@pytest.mark.parametrize("case", CASES)
+def test_two_tasks_are_trained_in_one_program_and_measured(runs, case):
+    _, _, results, calls, plan = runs(case)
+    kind = methods.METHODS[case[0]]
+    assert len(plan) == (1 if kind.joint else 2)
+    if case[1] == "retrieves":  # 27 and 15 pairs in batches of 8, together or one after the other
+        assert plan == ([[6]] if kind.joint else [[4], [2]] if kind.trains else [[], []])
+    assert results["trace_count"] == int(len(calls) > 0)
+    assert [call["position"].tolist() for call in calls] == [
+        [step, steps] for stages in plan for steps in stages for step in range(steps)]
+    metric = {"retrieves": "text_to_audio/mAP@10/own/fresh", "classifies": "accuracy/seen"}[case[1]]
+    last = results["matrices"][metric][-1]
     assert all(0 <= value <= 1 for value in last)
     assert (results["memory_bytes"] > 0) == (results["memory_pairs"] > 0)
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_backbone_keeps_its_bits_while_every_step_moves_the_trainable_tree(runs, method):
-    _, _, _, calls = runs(method)
+@pytest.mark.parametrize("case", TRAINED)
+def test_backbone_keeps_its_bits_while_every_step_moves_the_trainable_tree(runs, case):
+    _, _, _, calls, _ = runs(case)
     assert len({call["frozen"] for call in calls}) == 1
     assert tree_hash(calls[-1]["frozen_arrays"]) == calls[0]["frozen"]  # nobody wrote into it
     assert all(call["before"] != call["after"] for call in calls)
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_what_the_loss_reads_beside_the_batch_is_constant_within_a_task(runs, method):
-    _, _, _, calls = runs(method)
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_the_loss_reads_beside_the_batch_is_constant_within_a_task(runs, case):
+    _, _, _, calls, _ = runs(case)
+    again = methods.METHODS[case[0]].refreshes  # at the start of each epoch, after 2 steps
     for before, after in zip(calls, calls[1:]):
-        if after["position"][0] > 0:
+        if after["position"][0] > 0 and not (again and after["position"][0] == 2):
             assert after["aux"] == before["aux"]
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_run_killed_in_its_last_task_ends_in_the_same_bits(runs, capsys, method):
-    config, reference, expected, _ = runs(method)
+@pytest.mark.parametrize("case", TRAINED)
+def test_run_killed_in_its_last_task_ends_in_the_same_bits(runs, capsys, case):
+    config, reference, expected, calls, plan = runs(case)
     killed = reference.with_name(f"{reference.name}_killed")
     results = train(config, killed)
-    where = (1, KEPT) if methods.METHODS[method].joint else (2, KEPT - 4)
+    last = max(number for number, stages in enumerate(plan, 1) if stages)
+    where = (last, calls[-2]["position"][0] + 1)
     assert "resumes at task {}, step {}".format(*where) in capsys.readouterr().err
     assert results["trace_count"] == 1
     for name in ("matrices", "state_bytes", "memory_bytes", "memory_pairs"):
@@ -123,16 +152,25 @@ def test_run_killed_in_its_last_task_ends_in_the_same_bits(runs, capsys, method)
         np.testing.assert_equal(load_tree(killed / "tuning" / file.name)[0], load_tree(file)[0])
 
 
-@pytest.mark.parametrize("method", TRAINED)
-def test_evaluation_from_the_tuning_file_gives_the_last_row(runs, method):
-    _, workdir, results, _ = runs(method)
+@pytest.mark.parametrize("case", TRAINED)
+def test_evaluation_from_the_tuning_file_gives_the_last_row(runs, case):
+    _, workdir, results, _, _ = runs(case)
     assert evaluate(workdir)["row"] == {k: v[-1] for k, v in results["matrices"].items()}
 
 
+@pytest.mark.xdist_group("joint-retrieves")
 def test_joint_sees_every_pair_of_every_task(runs):
-    _, _, _, calls = runs("joint")
+    _, _, _, calls, _ = runs(("joint", "retrieves"))
     # 11 and 6 training clips, of 2 and 3 captions in turn.
     real = [call["batch"]["mask"] for call in calls]
     keys = np.concatenate([c["batch"]["caption_key"][m] for c, m in zip(calls, real)])
     clips = np.concatenate([c["batch"]["clip_id"][m] for c, m in zip(calls, real)])
     assert sorted(keys) == [*range(27 + 15)] and sorted(set(clips)) == [*range(11 + 6)]
+
+
+def test_joint_training_sees_every_clip_of_every_session(runs):
+    _, _, _, calls, _ = runs(("joint_lora", "classifies"))
+    rows = lambda name: np.concatenate([c["batch"][name][c["batch"]["mask"]] for c in calls])
+    clips, labels = rows("clip_id"), rows("label")
+    assert set(labels) == {0, 1, 2, 3} and set(clips) == {*range(max(clips) + 1)}
+    assert len(set(clips)) >= 21  # no four classes of the six have fewer

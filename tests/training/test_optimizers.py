@@ -121,3 +121,25 @@ def test_decay_moves_kernels_alone(trainable):
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=f"optimizer.{field} is {value}"):
         OptimizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_decays_before_its_momentum_as_torch_does(momentum):
+    config = OptimizerConfig(kind="sgd", momentum=momentum, clip=1e9, warmup=0.0)
+    method = Method(learning_rate=0.1, weight_decay=0.02)
+    tree = {"layer": {"kernel": jnp.array([[1.0, -2.0]])}}
+    optimizer = make_optimizer(config, method, tree)
+    state, mask = optimizer.init(tree), jax.tree.map(lambda _: True, tree)
+    x, v = np.array([[1.0, -2.0]]), 0.0
+    total = 7
+    for step in range(total):
+        gradients = jax.tree.map(lambda p: p * 0.3 + step, tree)
+        tree, state, _ = optimizer.update(gradients, state, tree, mask, step, total)
+        v = momentum * v + (0.3 * x + step + 0.02 * x)  # torch.optim.SGD: g + wd p, then momentum
+        x = x - 0.1 * max(0.5 * (1 + np.cos(np.pi * (step + 1) / total)), 1e-3) * v
+    np.testing.assert_allclose(tree["layer"]["kernel"], x, rtol=1e-5)
+
+
+def test_optimizer_of_an_unknown_kind_is_an_error():
+    with pytest.raises(ValueError, match="optimizer.kind is 'lion'; expected 'adamw' or 'sgd'"):
+        OptimizerConfig(kind="lion")

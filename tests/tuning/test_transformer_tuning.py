@@ -34,7 +34,7 @@ def stack(norm):
     module = Stack(CONFIGS[norm], LAYERS)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TOKENS, WIDTH)), jnp.float32)
     params = randomised(jax.eval_shape(module.init, jax.random.key(0), x)["params"], 2)
-    apply = jax.jit(lambda *args: module.apply(*args)[-1])
+    apply = jax.jit(lambda *args: module.apply(*args)[1])
     run = lambda tuning=None, x=x, mask=MASK, params=params: np.asarray(
         apply({"params": params}, x, jnp.asarray(mask), tuning))
     return run, params, x
@@ -370,8 +370,25 @@ def test_chosen_tokens_are_those_of_the_whole_and_cheaper(norm, kind):
         CONFIGS[norm].hidden, 5)
     run = lambda output: jax.jit(lambda params: output(*module.apply(
         {"params": params}, x, jnp.asarray(MASK), tuning, True, chosen)))
-    whole = np.asarray(run(lambda hidden, _: hidden[-1])(params))
-    alone = np.asarray(run(lambda _, alone: alone)(params))
+    whole = np.asarray(run(lambda hidden, *_: hidden[-1])(params))
+    alone = np.asarray(run(lambda _, alone, prompts: alone)(params))
     np.testing.assert_allclose(alone, whole[np.arange(BATCH)[:, None], chosen], atol=1e-5)
     flops = lambda output: run(output).lower(params).compile().cost_analysis()["flops"]
-    assert flops(lambda _, alone: alone) < 0.95 * flops(lambda hidden, _: hidden[-1])
+    every = flops(lambda hidden, *_: hidden[-1])
+    assert flops(lambda _, alone, prompts: alone) < 0.95 * every
+    assert kind != "shallow" or flops(lambda *out: out[2]) < 0.95 * every
+
+
+@EITHER
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_shallow_prompts_come_out_as_tokens_would_that_stand_before_the_others(norm, batched):
+    run, params, x = stack(norm)
+    module = Stack(CONFIGS[norm], LAYERS)
+    prompts = make_tuning("prompts", 1, WIDTH, 0, 6, (BATCH,) if batched else ())["prompts"]
+    got = jax.jit(lambda: module.apply({"params": params}, x, jnp.asarray(MASK),
+                                       {"prompts": prompts})[2])()
+    first = np.broadcast_to(prompts.reshape(-1, 5, WIDTH), (BATCH, 5, WIDTH))
+    before = np.pad(MASK, [(0, 0), (5, 0)], constant_values=True)
+    expected = run(x=jnp.concatenate([first, x], 1), mask=before)[:, :5]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert module.apply({"params": params}, x)[2].shape == (BATCH, 0, WIDTH)
