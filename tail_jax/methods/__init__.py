@@ -16,6 +16,7 @@ from tail_jax.methods.l2p import L2P
 from tail_jax.methods.lora import JointLora, Lora, LoraDistilled
 from tail_jax.methods.lwf import LwF, LwFFeature, LwFSimilarity
 from tail_jax.methods.modx import ModX
+from tail_jax.methods.pace import PACE
 from tail_jax.methods.ptat import PTAT, Prompts
 from tail_jax.methods.ptat_plus import PTATPlus
 from tail_jax.methods.replay import DarkReplay, Replay
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "lora_distil": LoraDistilled,
     "joint_lora": JointLora,
     "clap_adapter": CLAPAdapter,
+    "pace": PACE,
 } | ABLATIONS
 
 

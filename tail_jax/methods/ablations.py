@@ -1,7 +1,16 @@
-"""PTAT or PTAT-plus with one thing changed, to say in comparisons what each part is good for.
+"""A method with one thing changed, to say in comparisons what each part is good for.
 
-Each is PTAT, PTAT-plus or full fine-tuning with other defaults, so that a benchmark can name it.
-Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
+Each is PTAT, PTAT-plus, PACE or full fine-tuning with other defaults, so that a benchmark can name
+it. Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
+
+PACE's are those that the paper reports. What it tunes on the first session is added step by step
+
+    pace_untuned, pace_naive, pace_low_head_rate, pace_all_blocks, pace_first_session
+
+(nothing; LoRA and head at one rate; the head at a lower rate; the head warmed up, then frozen; the
+blocks chosen), and one part is taken from the whole: pace_untuned (no first session),
+pace_first_session (no later sessions), pace_no_boundary, pace_no_projection. That nothing is tuned
+without a first session, and the one rate of pace_naive, are our reading.
 """
 
 from __future__ import annotations
@@ -12,6 +21,7 @@ from typing import Any
 from tail_jax.methods.base import Method
 from tail_jax.methods.distillation import Distilled
 from tail_jax.methods.full import Sequential
+from tail_jax.methods.pace import PACE
 from tail_jax.methods.ptat import PTAT
 from tail_jax.methods.ptat_plus import PTATPlus
 from tail_jax.tuning.prompts import PromptConfig
@@ -31,6 +41,9 @@ def _variant(base: type[Method], what: str, **defaults: Any) -> type[Method]:
         frozen=True, namespace={"__doc__": f"{base.__name__}, {what}.", "__module__": __name__})
 
 
+# Head and LoRA of all blocks together, on the first session alone.
+_JOINTLY = {"multi_session": False, "tune_from": 1, "warm_up": "", "freeze_head": False}
+
 VARIANTS = {
     "ptat_similarity_only": _variant(PTAT, "similarity only", feature_weight=0.0),
     "ptat_feature_only": _variant(PTAT, "feature only", similarity_weight=0.0),
@@ -45,6 +58,14 @@ VARIANTS = {
     "ptat_plus_rank_1": _variant(PTATPlus, "rank 1", rank=1, alpha=1.0),
     "ptat_plus_prompts": _variant(PTATPlus, "prompts only", rank=0, head_rank=0,
                                   prompts=PromptConfig(length=8, coupling="independent")),
+    "pace_untuned": _variant(PACE, "untuned", first_session=False),
+    "pace_naive": _variant(PACE, "naive", **_JOINTLY, head_learning_rate=PACE.learning_rate),
+    "pace_low_head_rate": _variant(PACE, "low head rate", **_JOINTLY),
+    "pace_all_blocks": _variant(PACE, "all blocks", multi_session=False, tune_from=1),
+    "pace_first_session": _variant(PACE, "first session", multi_session=False),
+    "pace_no_boundary": _variant(PACE, "no boundary loss", boundary_weight=0.0),
+    "pace_no_projection": _variant(PACE, "no projection", project=False),
+    "pace_complement": _variant(PACE, "complement", reading="complement"),
 }
 
 ABLATIONS = {"sequential_distil": SequentialDistilled} | VARIANTS
