@@ -8,6 +8,7 @@ from typing import Mapping
 from tail_jax.methods.ablations import ABLATIONS
 from tail_jax.methods.adapter import CLAPAdapter
 from tail_jax.methods.base import Method
+from tail_jax.methods.closed_form import ACIL, APER, LDA, NCM, FeCAM, RanPAC
 from tail_jax.methods.coda import CODAPrompt
 from tail_jax.methods.dualprompt import DualPrompt
 from tail_jax.methods.ewc import EWC
@@ -45,6 +46,12 @@ METHODS: dict[str, type[Method]] = {
     "lora_distil": LoraDistilled,
     "joint_lora": JointLora,
     "clap_adapter": CLAPAdapter,
+    "ncm": NCM,
+    "aper": APER,
+    "lda": LDA,
+    "fecam": FeCAM,
+    "acil": ACIL,
+    "ranpac": RanPAC,
     "pace": PACE,
 } | ABLATIONS
 
