@@ -11,6 +11,7 @@ from tail_jax.methods.base import Method
 from tail_jax.methods.closed_form import ACIL, APER, LDA, NCM, FeCAM, RanPAC
 from tail_jax.methods.coda import CODAPrompt
 from tail_jax.methods.dualprompt import DualPrompt
+from tail_jax.methods.eat import EAT
 from tail_jax.methods.ewc import EWC
 from tail_jax.methods.full import Frozen, Joint, Sequential
 from tail_jax.methods.l2p import L2P
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
     "lora_distil": LoraDistilled,
     "joint_lora": JointLora,
     "clap_adapter": CLAPAdapter,
+    "eat": EAT,
     "ncm": NCM,
     "aper": APER,
     "lda": LDA,
