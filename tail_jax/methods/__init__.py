@@ -14,14 +14,21 @@ from tail_jax.methods.dualprompt import DualPrompt
 from tail_jax.methods.eat import EAT
 from tail_jax.methods.ewc import EWC
 from tail_jax.methods.full import Frozen, Joint, Sequential
+from tail_jax.methods.hide import HiDePrompt
+from tail_jax.methods.icarl import ICaRL
+from tail_jax.methods.inflora import InfLoRA
 from tail_jax.methods.l2p import L2P
+from tail_jax.methods.lae import LAE
 from tail_jax.methods.lora import JointLora, Lora, LoraDistilled
+from tail_jax.methods.lorasub import LoRASub
 from tail_jax.methods.lwf import LwF, LwFFeature, LwFSimilarity
 from tail_jax.methods.modx import ModX
 from tail_jax.methods.pace import PACE
 from tail_jax.methods.ptat import PTAT, Prompts
 from tail_jax.methods.ptat_plus import PTATPlus
 from tail_jax.methods.replay import DarkReplay, Replay
+from tail_jax.methods.slca import SLCA
+from tail_jax.methods.sprompt_pp import SPromptPlusPlus
 from tail_jax.methods.sprompts import SPrompts
 from tail_jax.tuning.prompts import PromptConfig
 
@@ -43,9 +50,16 @@ METHODS: dict[str, type[Method]] = {
     "dualprompt": DualPrompt,
     "coda": CODAPrompt,
     "sprompts": SPrompts,
+    "sprompt_pp": SPromptPlusPlus,
+    "hide": HiDePrompt,
     "lora": Lora,
     "lora_distil": LoraDistilled,
     "joint_lora": JointLora,
+    "inflora": InfLoRA,
+    "lorasub": LoRASub,
+    "slca": SLCA,
+    "icarl": ICaRL,
+    "lae": LAE,
     "clap_adapter": CLAPAdapter,
     "eat": EAT,
     "ncm": NCM,
