@@ -1,6 +1,7 @@
 """Measures speed against the libraries that people would use otherwise, and the cost of methods.
 
     python -m tail_jax.benchmark --suite=embed|load --output=FILE [--checkpoint=DIR] [--repeats=5]
+    python -m tail_jax.benchmark --suite=analytic --output=FILE [--tasks=10,62] [--repeats=5]
     python -m tail_jax.benchmark --suite=tasks --output=FILE --workdir=DIR [--methods=all] \
         [--tasks=2,8,32]
 """
@@ -23,8 +24,8 @@ from tail_jax import cli, sweep
 from tail_jax.benchmarks import Measured, Options
 from tail_jax.reporting.writers import write_json_atomic
 
-SUITES = ("embed", "load", "tasks")
-_PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers")
+SUITES = ("embed", "load", "analytic", "tasks")
+_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "torch", "transformers")
 
 
 def benchmark(suite: str, options: Options) -> tuple[dict, Measured]:
@@ -66,7 +67,8 @@ def main() -> int:
         raise ValueError(f"--repeats is {args.repeats}; expected 1 or more")
     options = Options(
         args.size, args.repeats, args.checkpoint, args.items, args.config,
-        tuple(sweep.chosen_methods(args.methods)) if args.methods else (), _numbers(args.tasks),
+        tuple(sweep.chosen_methods(args.methods, args.config)) if args.methods else (),
+        _numbers(args.tasks) if args.tasks else (),
         args.workdir)
     report, measured = benchmark(args.suite, options)
     write_json_atomic(pathlib.Path(args.output), report)
@@ -87,17 +89,17 @@ def _numbers(texts: list[str]) -> tuple[int, ...]:
 
 
 def define_flags() -> None:
-    """The flags: of all suites, of embed and load, of tasks."""
+    """The flags: of all suites, of embed, load and analytic, of tasks."""
     flags.DEFINE_enum("suite", None, SUITES, "What to measure.", required=True)
     flags.DEFINE_string("output", None, "JSON file for the measurements.", required=True)
     flags.DEFINE_string("checkpoint", None, "Measure with this folder; by default random weights.")
     flags.DEFINE_enum("size", "full", ["full", "tiny"], "Published sizes, or just to try.")
     flags.DEFINE_integer("repeats", 5, "Measurements of each case.")
-    flags.DEFINE_integer("items", None, "Captions of the longest case.", lower_bound=32)
+    flags.DEFINE_integer("items", None, "Captions of the longest case, or clips.", lower_bound=32)
     usual = Options()
     flags.DEFINE_string("config", usual.config, "Configuration that takes method= and tasks=.")
     flags.DEFINE_string("methods", None, "all, or names with commas; by default all but ablations.")
-    flags.DEFINE_list("tasks", [*map(str, usual.tasks)], "Numbers of tasks, ascending.")
+    flags.DEFINE_list("tasks", None, "Numbers of tasks, ascending; by default the suite's own.")
     flags.DEFINE_string("workdir", usual.workdir, "Folder of the runs; start again there to go on.")
 
 

@@ -252,10 +252,12 @@ def _seconds(wanted: list[Plan], workdir: pathlib.Path) -> dict[str, float]:
     return {method: sum(values) / len(values) for method, values in spent.items() if values}
 
 
-def chosen_methods(text: str) -> list[str]:
-    """The names that a --methods flag stands for."""
+def chosen_methods(text: str, config: str) -> list[str]:
+    """The names that a --methods flag stands for; all are those for the configuration's stream."""
     if text == "all":
-        return [*methods.METHODS]
+        stream = cli.parse_config(config_arguments(config, ()))["stream"]
+        what = "classifies" if stream["kind"] == "classes" else "retrieves"
+        return methods.for_streams(what, ablations=True)
     names = [name for name in text.split(",") if name]
     unknown = [name for name in names if name not in methods.METHODS]
     if unknown or not names or len(set(names)) < len(names):
@@ -274,7 +276,8 @@ def _checked(flag: str, values: list[str]) -> list[str]:
 def main() -> int:
     """The command."""
     values = flags.FLAGS
-    workdir, names = pathlib.Path(values.workdir), chosen_methods(values.methods)
+    workdir = pathlib.Path(values.workdir)
+    names = chosen_methods(values.methods, values.config)
     seeds = _checked("seeds", values.seeds)
     if not all(seed.isdecimal() for seed in seeds):
         raise cli.UserError(f"--seeds={','.join(seeds)}: expected whole numbers, with commas")

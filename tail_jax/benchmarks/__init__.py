@@ -14,16 +14,16 @@ OURS = "tail_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What suites take; `embed` and `load` the first four, `tasks` the others.
+    """What suites take; `embed` and `load` the first four, `tasks` the others, `analytic` some.
 
     Attributes:
         size: "full", or "tiny" to see that it works.
         repeats: measurements of each case.
         checkpoint: folder to measure with, in place of random weights; None for those.
-        items: of the longest case; None is the suite's own number.
+        items: of the longest case, or of the stream; None is the suite's own number.
         config: configuration file that takes method= and tasks=.
         methods: to measure; none is all but the ablations.
-        tasks: numbers of tasks, ascending.
+        tasks: numbers of tasks, ascending; none is the suite's own.
         workdir: folder of the runs; those that are done are not run again.
     """
 
@@ -33,7 +33,7 @@ class Options:
     items: int | None = None
     config: str = "configs/task_costs.py"
     methods: tuple[str, ...] = ()
-    tasks: tuple[int, ...] = (2, 8, 32)
+    tasks: tuple[int, ...] = ()
     workdir: str = "runs/task_costs"
 
 

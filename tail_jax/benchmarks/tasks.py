@@ -28,6 +28,7 @@ from tail_jax.reporting.writers import read_results
 # two equal runs differ by some percent; bytes of state are counted.
 QUANTITIES = {"seconds a step": ("ms", 1e3, 0.15), "peak memory": ("MB", 1e-6, 0.10),
               "state": ("kB", 1e-3, 0.0)}
+TASKS = (2, 8, 32)
 _RETURN_FREED = {f"MALLOC_{name}_THRESHOLD_": str(2 << 20) for name in ("MMAP", "TRIM")}
 _WARM_TASKS = 4  # every corpus of the configuration once: their features are computed then, too
 
@@ -67,13 +68,12 @@ def run(options: Options) -> Measured:
     Raises:
         ValueError: if the folder holds runs with another configuration.
     """
-    names = options.methods or tuple(name for name in methods.METHODS
-                                     if name not in methods.ABLATIONS)
-    workdir = pathlib.Path(options.workdir)
-    failures = sweep.run_plans(plans(options.config, names, options.tasks), workdir, parallel=1)
+    names = options.methods or tuple(methods.for_streams("retrieves"))
+    workdir, tasks = pathlib.Path(options.workdir), options.tasks or TASKS
+    failures = sweep.run_plans(plans(options.config, names, tasks), workdir, parallel=1)
     lost = {failure.job.kind for failure in failures}
-    costs = [read_cost(workdir, name, options.tasks) for name in names if name not in lost]
-    most, fewest = options.tasks[-1], options.tasks[0]
+    costs = [read_cost(workdir, name, tasks) for name in names if name not in lost]
+    most, fewest = tasks[-1], tasks[0]
     within = ", ".join(f"{name} within {tolerance:.0%}"
                        for name, (_, _, tolerance) in QUANTITIES.items())
     return Measured(

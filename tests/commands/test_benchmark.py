@@ -1,12 +1,13 @@
 """The benchmark command: what it measures, and that both sides computed the same."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from tail_jax import benchmark
-from tail_jax.benchmarks import OURS, Comparison, Options, compare, embed, table
+from tail_jax.benchmarks import OURS, Comparison, Options, analytic, compare, embed, table
 
 
 def test_embed_suite_compares_equal_outputs(tmp_path):
@@ -27,6 +28,27 @@ def test_load_suite_measures_time_and_memory_of_equal_weights():
     report, _ = benchmark.benchmark("load", Options("tiny", repeats=1))
     assert [case["unit"] for case in report["cases"]] == ["s", "x weights"]
     assert all(case["difference"] < 1e-7 for case in report["cases"])
+
+
+def test_analytic_suite_compares_equal_weights_after_each_session():
+    report, shown = benchmark.benchmark("analytic", Options("tiny", repeats=2))
+    assert len(shown.table.splitlines()) == 2 + 2
+    assert "scikit-learn" in report["machine"]["versions"]
+    for case, way in zip(report["cases"], ("3 sessions, 90 features (accumulation)",
+                                           "16 sessions, 90 features (recursion)")):
+        assert case["difference"] < 1e-9 and case["case"] == f"320 clips in {way}"
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in case["measured"].values())
+
+
+def test_analytic_suite_takes_its_sizes_from_the_options(monkeypatch):
+    sizes = Options("tiny", repeats=1, items=41, tasks=(2, 7))
+    assert [case["case"][:24] for case in benchmark.benchmark("analytic", sizes)[0]["cases"]] == [
+        "41 clips in 2 sessions, ", "41 clips in 7 sessions, "]
+    with pytest.raises(ValueError, match="--tasks=42 sessions of 41 clips"):
+        analytic.run(dataclasses.replace(sizes, tasks=(2, 42)))
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ValueError, match=r"sklearn.*pip install 'tail_jax\[test\]'"):
+        analytic.run(sizes)
 
 
 def test_suite_without_the_peer_says_what_to_install(monkeypatch):

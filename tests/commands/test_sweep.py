@@ -13,7 +13,7 @@ import pytest
 from configs import common, quickstart, tail_embedded
 from tail_jax import best, cli, jobs, methods, sweep
 from tail_jax.evaluation import continual
-from tail_jax.reporting import tables
+from tail_jax.reporting.columns import DIRECTIONS
 from tail_jax.reporting.writers import read_results
 from tail_jax.train import train
 from tests import tiny
@@ -103,7 +103,7 @@ def test_orders_have_folders_and_reports_of_their_own(tiny_root, tmp_path):
         assert [task["name"] for task in stream["tasks"]] == expected["paper"]
         matrix = [[0.1, 0.2, 0.3]] * 4
         finish(tmp_path, plan, 0, order=expected[order], tasks=expected[order], matrices={
-            f"{way}/R@1/own/fresh": matrix for way in tables.DIRECTIONS})
+            f"{way}/R@1/own/fresh": matrix for way in DIRECTIONS})
     assert [plan.name for plan in plans] == [
         "frozen-3", "ptat-3", "frozen-3-reverse", "ptat-3-reverse", "frozen-3-high+low+noisy",
         "ptat-3-high+low+noisy"]
@@ -174,7 +174,7 @@ def test_a_search_reads_validation_sets_of_two_tasks_and_nothing_else(in_process
         assert config["eval"]["split"] == results["evaluation_split"] == "valid"
         assert results["tasks"] == ["low", "high"] and config["seed"] == 7
         assert config["method"]["weight_decay"] == 0.02
-        rows = [results["matrices"][f"{way}/R@1/own/fresh"][2] for way in tables.DIRECTIONS]
+        rows = [results["matrices"][f"{way}/R@1/own/fresh"][2] for way in DIRECTIONS]
         scores[config["method"]["learning_rate"]] = 100 * sum(map(sum, rows)) / 4
     entry = best.read(path)["methods"]["sequential"]
     found = {trial["settings"]["learning_rate"]: trial["R@1"] for trial in entry["found"]["scores"]}
@@ -188,7 +188,7 @@ def test_a_search_reads_validation_sets_of_two_tasks_and_nothing_else(in_process
 def finish(workdir, plan, score, **changes):
     """Leaves what a trial of mean R@1 `score` (a fraction) would."""
     matrices = {f"{way}/R@1/own/fresh": [[0, 0], [0.9, 0], [score + d, score - d]]
-                for way, d in zip(tables.DIRECTIONS, (0.01, 0.02))}
+                for way, d in zip(DIRECTIONS, (0.01, 0.02))}
     results = {"schema": 1, "method": plan.method, "stream": "s", "tasks": ["a", "b"],
                "seed": plan.seed, "order": ["a", "b"], "backbone": {}, "evaluation_split": "valid",
                "trainable_parameters": 1, "total_parameters": 1, "matrices": matrices,
@@ -314,7 +314,7 @@ def test_the_file_is_sorted_and_short_enough_to_read(tmp_path):
 # --- The benchmark's configuration ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS])
+@pytest.mark.parametrize("method", methods.for_streams("retrieves", ablations=True))
 def test_the_benchmark_is_the_quickstart_with_a_backbone_of_the_runs_seed(method):
     config = cli.plain(tail_embedded.get_config(f"method={method},seed=5"))
     quick = cli.plain(quickstart.get_config(f"method={method},seed=5"))
@@ -329,6 +329,15 @@ def test_the_benchmark_is_the_quickstart_with_a_backbone_of_the_runs_seed(method
     bare = tail_embedded.get_config(f"method={method},settings=default")
     assert cli.plain(bare)["method"] == cli.plain(methods.defaults(method))
     assert methods.build(config["method"]) is not None
+
+
+def test_all_methods_are_those_for_the_stream_of_the_configuration():
+    of = {name: sweep.chosen_methods("all", f"tests/{name}.py")
+          for name in ("tiny", "tiny_classes")}
+    assert {"ptat", "sequential", "ptat_shallow"} <= {*of["tiny"]}
+    assert {"pace", "sequential", "pace_no_boundary"} <= {*of["tiny_classes"]}
+    assert not {"pace", "lwf", "eat"} & {*of["tiny"]}
+    assert not {"ptat", "frozen", "eat"} & {*of["tiny_classes"]}
 
 
 def test_orders_and_numbers_of_tasks():
