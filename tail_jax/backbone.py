@@ -244,6 +244,10 @@ def load_tuning(path, backbone: Backbone | None = None) -> tuple[Any, dict]:
 def tuned(backbone: Backbone, path) -> Backbone:
     """The backbone with what a run's tuning file holds. Raises as `load_tuning`."""
     tree, header = load_tuning(path, backbone)
+    if classes := header.get("model", {}).get("classes"):
+        raise ValueError(f"{path}: of a class-incremental run ({classes} "
+                         "classes), which cannot be embedded with yet; measure it with `python -m "
+                         "tail_jax.evaluate --workdir=DIR`")
     method = methods.build(header["method"])
     state = method.restored(tree)
     trainable, aux = state["trainable"], state["aux"]

@@ -10,11 +10,13 @@ import pytest
 
 from tail_jax import methods
 from tail_jax import train as train_module
+from tail_jax.backbone import tuned
 from tail_jax.describe import describe
 from tail_jax.evaluate import evaluate
 from tail_jax.evaluate import text as report_text
 from tail_jax.methods.base import Stage
 from tail_jax.methods.full import Sequential
+from tail_jax.run import open_run
 from tail_jax.training.checkpoints import load_tree, tree_hash
 from tail_jax.train import train
 from tests import tiny_classes
@@ -172,6 +174,13 @@ def test_predictions_on_disk_give_the_matrix_and_evaluate_gives_its_last_row(con
     assert report["row"]["accuracy/seen"] == matrix[-1]
     assert evaluate(tmp_path, task=1)["row"]["accuracy/seen"] == matrix[1]
     assert "accuracy in %" in report_text(report)
+
+
+def test_loading_what_a_class_incremental_run_learned_is_one_clear_error(config, tmp_path):
+    train(config("l2p", sessions=1), tmp_path)
+    run = open_run(config("l2p", sessions=1), tmp_path)
+    with pytest.raises(ValueError, match="task_1.safetensors: of a class-incremental run"):
+        tuned(run.backbone, tmp_path / "tuning" / "task_1.safetensors")
 
 
 def test_training_learns_the_classes(config, tmp_path):
