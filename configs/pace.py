@@ -13,6 +13,9 @@ EAT is a checkpoint of EAT or SSLAM; ESC50 the folder of the corpus as it unpack
     folder     with stream=folder: a caption folder below data.root, split by its own column
     sessions   and into how many sessions of equally many classes it is cut
     label      and the column that holds the class, or several joined by +
+    tasks      only so many sessions, from the first on (0: all)
+    settings   a file of `sweep --tune` with the method's settings, as configs/best/esc10.json, or
+               default (the method's own: the published ones, made for a backbone of full size)
 
 A folder is learned on a small backbone that is pretrained here, without labels or captions, on the
 embedded base corpus; for 5 s clips and 16 kHz.
@@ -25,6 +28,7 @@ from ml_collections import ConfigDict
 from configs import common, pretrain_eat
 from configs.real_audio import LOG_MEL
 from data_pipelines.front_end import KALDI
+from tail_jax import best
 
 # Sessions and epochs are the paper's. The class streams of TIMIT differ in name, and so in their
 # random split and order.
@@ -46,7 +50,7 @@ FILTERBANK = dataclasses.replace(KALDI, frames=512)
 
 def get_config(arg=None) -> ConfigDict:
     args = common.parse(arg, stream="folder", method="pace", seed=0, model="", folder="",
-                        sessions=5, label="label")
+                        sessions=5, label="label", tasks=0, settings="default")
     own = args["stream"] == "folder"
     if not own and args["stream"] not in PUBLISHED:
         raise ValueError(f"config argument stream={args['stream']}; expected folder or one of "
@@ -66,7 +70,9 @@ def get_config(arg=None) -> ConfigDict:
         "kind": "classes", "corpus": corpus, "sessions": sessions, "order_seed": args["seed"],
         "name": args["folder"] or args["stream"], "folder": args["folder"],
         "split": "own" if own else "random", "label": args["label"] if own else "",
-        "classes": (), "first": 0, "order_file": "", "split_seed": 0, "valid": 0.0})
+        "classes": (), "first": args["tasks"], "order_file": "", "split_seed": 0, "valid": 0.0})
+    if args["settings"] != "default":
+        best.apply(config.method, args["settings"], classes=True)
     if args["stream"] in COARSE and "multi_session" in config.method:
         config.method.multi_session = False
     # Batches are the paper's; SGD with momentum and a cosine, and gradients clipped at 1, are ours.

@@ -50,24 +50,32 @@ def write(path, content: Mapping) -> None:
     write_text_atomic(path, _text(content) + "\n")
 
 
-def settings(content: Mapping, method: str) -> dict[str, Any]:
+def settings(content: Mapping, method: str, classes: bool = False) -> dict[str, Any]:
     """Settings of a method, flat; those of its `like`, where it has one; none if it is not tuned.
 
     Of another's settings a method takes those that both have with the same default: what differs is
-    what makes it another method, and stays.
+    what makes it another method, and stays. `classes`, here and below: defaults are those for
+    class-incremental streams.
     """
     entry = content["methods"].get(method, {})
     if "like" not in entry:
         return dict(entry.get("settings", {}))
-    own, other = flat_defaults(method), flat_defaults(entry["like"])
-    return {key: value for key, value in settings(content, entry["like"]).items()
+    own, other = flat_defaults(method, classes), flat_defaults(entry["like"], classes)
+    return {key: value for key, value in settings(content, entry["like"], classes).items()
             if key in own and own[key] == other.get(key)}
 
 
-def apply(method: ConfigDict, path) -> None:
-    """Sets the fields of a `config.method` to the settings that the file has for it."""
-    found = settings(read(path), method.name)
-    unknown = sorted(found.keys() - flat_defaults(method.name))
+def apply(method: ConfigDict, path, classes: bool = False) -> None:
+    """Sets the fields of a `config.method` to the settings that the file has for it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is wrong, or has a setting that the method has not.
+    """
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"no file of settings {path}; `sweep --tune={path}` makes one")
+    found = settings(read(path), method.name, classes)
+    unknown = sorted(found.keys() - flat_defaults(method.name, classes))
     if unknown:
         raise ValueError(f"{path}: method {method.name} has no settings {unknown}")
     method.update_from_flattened_dict(found)
@@ -79,7 +87,8 @@ def tuned_methods(content: Mapping, names) -> list[str]:
             and "like" not in content["methods"].get(name, {})]
 
 
-def grids(content: Mapping, names, trials: int) -> dict[str, list[dict[str, Any]]]:
+def grids(content: Mapping, names, trials: int,
+          classes: bool = False) -> dict[str, list[dict[str, Any]]]:
     """The trials of every method of `names`, `common` not included.
 
     A method without a grid gets its default learning rate times 3^k, k around 0, to two digits.
@@ -91,7 +100,7 @@ def grids(content: Mapping, names, trials: int) -> dict[str, list[dict[str, Any]
     for name in names:
         grid = content["methods"].get(name, {}).get("grid")
         if grid is None:
-            rate = flat_defaults(name)["learning_rate"]
+            rate = flat_defaults(name, classes)["learning_rate"]
             grid = [{"learning_rate": float(f"{rate * 3.0 ** (k - (trials - 1) // 2):.2g}")}
                     for k in range(trials)]
         elif isinstance(grid, str):
@@ -126,7 +135,7 @@ def edges(grid: list[Mapping], best: Mapping) -> list[str]:
     return result
 
 
-def flat_defaults(method: str) -> dict[str, Any]:
+def flat_defaults(method: str, classes: bool = False) -> dict[str, Any]:
     """Defaults of a method with dotted names for inner fields."""
 
     def flatten(values, prefix=""):
@@ -136,7 +145,8 @@ def flat_defaults(method: str) -> dict[str, Any]:
             else:
                 yield f"{prefix}{key}", value
 
-    return {key: value for key, value in flatten(methods.defaults(method)) if key != "name"}
+    defaults = methods.defaults(method, classes)
+    return {key: value for key, value in flatten(defaults) if key != "name"}
 
 
 def _problems(content: dict) -> list[str]:

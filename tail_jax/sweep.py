@@ -13,8 +13,10 @@ the end it writes DIR/report (DIR/report-ORDER) on all finished runs in DIR.
         --workdir=DIR --tune=configs/best/embedded.json --trials=3
 
 searches instead: the same number of trials for every method, on the validation sets of the first
-two tasks; the best by the mean of R@1 over both tasks and directions after the second goes into the
-file (`best.py` says what else is in it). The configuration must take `tasks` and `settings`.
+tasks (--tuned_tasks, two). The best by the mean over these tasks after the last of them, of R@1 in
+both directions or of the accuracy among their classes, goes into the file (`best.py` says what else
+is in it). The configuration must take `tasks` and `settings`; where a stream of classes brings no
+validation clips, --set=stream.valid=0.1 holds out training clips.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ from absl import flags
 
 from tail_jax import best, cli, jobs, methods, settings
 from tail_jax.reporting import report, tables
+from tail_jax.reporting.columns import ACCURACY, layout_of
 from tail_jax.reporting.writers import ResultsError, read_results
 
-TUNED_TASKS = 2
 _DIVERGED = 3  # exit code of `tail_jax.train`
+_METRICS = {
+    "R@1": "R@1 in %, mean of both directions and of the tasks after the last of them",
+    ACCURACY: "accuracy in % among all classes, mean of the sessions after the last of them"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,8 @@ def plans(config: str, names, seeds, orders, overrides) -> list[Plan]:
             for order in orders for seed in seeds for name in names]
 
 
-def trial_plans(config: str, grids: dict, content: dict, seeds, overrides) -> list[Plan]:
+def trial_plans(config: str, grids: dict, content: dict, seeds, overrides,
+                tasks: int = 2) -> list[Plan]:
     """The runs of a search; folders have the names of trials, so a new grid keeps what is done."""
     result = []
     for seed in seeds:
@@ -69,7 +75,7 @@ def trial_plans(config: str, grids: dict, content: dict, seeds, overrides) -> li
                        for key, value in (best.common(content, name) | trial).items()]
                 arguments = config_arguments(
                     config, [*overrides, *own, "eval.split=valid"], method=name, seed=seed,
-                    tasks=TUNED_TASKS, settings="default")
+                    tasks=tasks, settings="default")
                 result.append(Plan(f"{name}-{seed}-{what}", name, seed, arguments, number))
     return result
 
@@ -140,8 +146,9 @@ def write_reports(workdir: pathlib.Path) -> None:
         print(f"Report: {output / 'report.md'}")
 
 
-def choose(grids: dict, wanted: list[Plan], workdir: pathlib.Path, failures) -> dict[str, list]:
-    """R@1 in percent of every trial by method, mean over seeds; None for one that diverged.
+def choose(grids: dict, wanted: list[Plan], workdir: pathlib.Path, failures,
+           tasks: int = 2) -> dict[str, list]:
+    """Score in percent of every trial by method, mean over seeds; None for one that diverged.
 
     A method with a trial that failed otherwise is left out.
 
@@ -160,13 +167,14 @@ def choose(grids: dict, wanted: list[Plan], workdir: pathlib.Path, failures) -> 
         for plan in wanted:
             if plan.method == name:
                 by_trial[plan.trial].append(None if plan.name in codes
-                                            else _score(workdir / plan.name))
+                                            else _score(workdir / plan.name, tasks))
         scores[name] = [None if None in values else sum(values) / len(values)
                         for values in by_trial]
     return scores
 
 
-def record(path, content: dict, grids: dict, scores: dict, **found) -> list[str]:
+def record(path, content: dict, grids: dict, scores: dict, metric: str = "R@1",
+           **found) -> list[str]:
     """Writes the best trial of every method of `scores` into the file; returns lines for people."""
     lines = []
     for name, values in scores.items():
@@ -180,9 +188,8 @@ def record(path, content: dict, grids: dict, scores: dict, **found) -> list[str]
         edge = best.edges(grids[name], trial)
         entry["settings"] = best.common(content, name) | trial
         entry["found"] = found | {
-            "metric": "R@1 in %, mean of both directions and of the tasks after the last of them",
-            "trials": len(values), "edge": edge,
-            "scores": [{"settings": t, "R@1": s} for t, s in zip(grids[name], shown)]}
+            "metric": _METRICS[metric], "trials": len(values), "edge": edge,
+            "scores": [{"settings": t, metric: s} for t, s in zip(grids[name], shown)]}
         lines.append(f"{name}: " + ", ".join(
             f"{t} {'diverged' if s is None else s}" for t, s in zip(grids[name], shown)))
         lines += [f"warning: {name}: the best {key}, {trial[key]}, is at the edge of its grid"
@@ -192,19 +199,22 @@ def record(path, content: dict, grids: dict, scores: dict, **found) -> list[str]
 
 
 def tune(config: str, names, seeds, trials: int, overrides, path: pathlib.Path,
-         workdir: pathlib.Path, parallel: int) -> list[jobs.Failure]:
+         workdir: pathlib.Path, parallel: int, tasks: int = 2) -> list[jobs.Failure]:
     """The search; see the top of this file."""
-    content = best.read(path)
-    grids = best.grids(content, best.tuned_methods(content, names), trials)
+    content, kind = best.read(path), _stream(config)["kind"]
+    grids = best.grids(content, best.tuned_methods(content, names), trials, kind == "classes")
     if not grids:
         raise cli.UserError(f"--methods: nothing to tune; {', '.join(names)} do not train, or are "
                             "like another")
-    wanted = trial_plans(config, grids, content, seeds, overrides)
+    wanted = trial_plans(config, grids, content, seeds, overrides, tasks)
     failures = run_plans(wanted, workdir, parallel)
-    scores = choose(grids, wanted, workdir, failures)
-    tasks = cli.parse_config(wanted[0].arguments)["stream"]["tasks"]
-    for line in record(path, content, grids, scores, split="valid", seeds=seeds,
-                       tasks=[task["name"] for task in tasks], commit=cli.commit(),
+    scores = choose(grids, wanted, workdir, failures, tasks)
+    # What they ran on; scores are empty without a run that is done.
+    done = next((read_results(workdir / plan.name) for plan in wanted
+                 if (workdir / plan.name / "results.json").exists()), {})
+    for line in record(path, content, grids, scores, ACCURACY if kind == "classes" else "R@1",
+                       split="valid", seeds=seeds, stream=done.get("stream"),
+                       tasks=done.get("tasks"), commit=cli.commit(),
                        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
                        command=shlex.join(["python", "-m", "tail_jax.sweep", *sys.argv[1:]])):
         print(line)
@@ -232,14 +242,18 @@ def _folder(method: str, seed: int, order: str) -> str:
     return f"{method}-{seed}" + ("" if order == "paper" else f"-{order}")
 
 
-def _score(folder: pathlib.Path) -> float:
+def _score(folder: pathlib.Path, tasks: int) -> float:
     results = read_results(folder)
-    if results.get("evaluation_split") != "valid" or len(results["tasks"]) != TUNED_TASKS:
+    if results.get("evaluation_split") != "valid" or len(results["tasks"]) != tasks:
         raise ResultsError(f"{folder}: measured on the {results.get('evaluation_split')} sets of "
                            f"{len(results['tasks'])} tasks; settings are chosen on the valid sets "
-                           f"of {TUNED_TASKS}")
-    last = tables.mean_matrix([results], "R@1")[-1]
+                           f"of {tasks}")
+    last = tables.mean_matrix([results], layout_of(results).metric)[-1]
     return 100 * sum(last) / len(last)
+
+
+def _stream(config: str) -> dict:
+    return cli.parse_config(config_arguments(config, ()))["stream"]
 
 
 def _seconds(wanted: list[Plan], workdir: pathlib.Path) -> dict[str, float]:
@@ -255,8 +269,7 @@ def _seconds(wanted: list[Plan], workdir: pathlib.Path) -> dict[str, float]:
 def chosen_methods(text: str, config: str) -> list[str]:
     """The names that a --methods flag stands for; all are those for the configuration's stream."""
     if text == "all":
-        stream = cli.parse_config(config_arguments(config, ()))["stream"]
-        what = "classifies" if stream["kind"] == "classes" else "retrieves"
+        what = "classifies" if _stream(config)["kind"] == "classes" else "retrieves"
         return methods.for_streams(what, ablations=True)
     names = [name for name in text.split(",") if name]
     unknown = [name for name in names if name not in methods.METHODS]
@@ -288,11 +301,12 @@ def main() -> int:
             prepare(cli.parse_config(plan.arguments), workdir)
         return 0
     if values.tune:
-        taken = [o for o in overrides if o.startswith(("eval.split", "method.", "stream.tasks"))]
+        taken = [o for o in overrides if o.startswith(
+            ("eval.split", "method.", "stream.tasks", "stream.first"))]
         if taken:
             raise cli.UserError(f"--set={taken[0]}: the search sets this itself")
         failures = tune(*common, values.trials, overrides, pathlib.Path(values.tune), workdir,
-                        values.jobs)
+                        values.jobs, values.tuned_tasks)
     else:
         wanted = plans(*common, _checked("orders", values.orders), overrides)
         failures = run_plans(wanted, workdir, values.jobs)
@@ -320,6 +334,8 @@ def define_flags() -> None:
                               "duration=2 epochs'; may be repeated.")
     flags.DEFINE_string("tune", None, "Search best settings and write them into this file.")
     flags.DEFINE_integer("trials", 3, "Trials of every method in a search.", lower_bound=1)
+    flags.DEFINE_integer("tuned_tasks", 2, "Tasks of a search, counted from the first.",
+                         lower_bound=1)
     flags.DEFINE_boolean("prepare", False, "Make corpora and backbones of the seeds, and no more.")
 
 

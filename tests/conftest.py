@@ -64,7 +64,7 @@ def tiny_classes_config(tmp_path_factory):
 
     def make(method="sequential", sessions=0, seed=0, **fields):
         config = tiny_classes.get_config(
-            f"method={method},seed={seed},root={root},sessions={sessions}")
+            f"method={method},seed={seed},root={root},tasks={sessions}")
         with config.unlocked():
             config.update_from_flattened_dict(fields)
         return cli.plain(config)

@@ -42,8 +42,8 @@ def write_folder(root: pathlib.Path) -> None:
 
 
 def get_config(arg=None) -> ConfigDict:
-    """`method`, `seed`, `root`, and how many `sessions` of the three are run (0: all)."""
-    args = common.parse(arg, method="sequential", seed=0, root="", sessions=0)
+    """`method`, `seed`, `root`, how many of the three `tasks` are run (0: all); one `settings`."""
+    args = common.parse(arg, method="sequential", seed=0, root="", tasks=0, settings="default")
     config = tiny_config(f"method={args['method']},seed={args['seed']},root={args['root']}")
     del config.model.text
     config.model.text = None  # an audio tower, and its classifier
@@ -53,5 +53,5 @@ def get_config(arg=None) -> ConfigDict:
     config.method.update({k: v for k, v in small.items() if k in config.method})
     config.stream = ConfigDict({
         "kind": "classes", "name": "tones", "corpus": "folder", "folder": "tones", "sessions": 3,
-        "first": args["sessions"], "split": "own"})
+        "first": args["tasks"], "split": "own"})
     return config

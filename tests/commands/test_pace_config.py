@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from configs import pace
 from data_pipelines import streams
-from tail_jax import cli, methods, settings
+from tail_jax import best, cli, methods, settings
 from tail_jax.models.dual_encoder import DualEncoder
 
 NAMES = methods.for_streams("classifies", ablations=True)
@@ -31,6 +31,20 @@ def test_every_method_has_its_settings_for_class_streams(method):
     assert config.method.name == method
     methods.build(config.method.to_dict(), 10, classes=50)
     assert config.optimizer.kind == ("sgd" if method.startswith(pace.SGD) else "adamw")
+
+
+def test_settings_of_a_file_replace_those_of_the_method(tmp_path):
+    """Of what the file has for PACE an ablation takes what it does not change itself."""
+    path = tmp_path / "best.json"
+    best.write(path, {"methods": {
+        "pace": {"settings": {"learning_rate": 0.2, "warm_up": "2 epochs"}},
+        "pace_naive": {"like": "pace"}}})
+    of = lambda arg: pace.get_config(f"folder=x,settings={path},{arg}").method.to_dict()
+    assert of("method=pace") == methods.defaults("pace", True) | {
+        "learning_rate": 0.2, "warm_up": "2 epochs"}
+    assert of("method=pace_naive") == methods.defaults("pace_naive", True) | {"learning_rate": 0.2}
+    assert of("method=ncm") == methods.defaults("ncm", True)
+    assert pace.get_config("folder=x,tasks=2").stream.first == 2
 
 
 def test_published_streams_have_the_papers_sessions_and_epochs():

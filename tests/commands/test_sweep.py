@@ -11,12 +11,13 @@ import time
 import pytest
 
 from configs import common, quickstart, tail_embedded
-from tail_jax import best, cli, jobs, methods, sweep
+from data_pipelines.streams import build_stream
+from tail_jax import best, cli, jobs, methods, settings, sweep
 from tail_jax.evaluation import continual
 from tail_jax.reporting.columns import DIRECTIONS
 from tail_jax.reporting.writers import read_results
 from tail_jax.train import train
-from tests import tiny
+from tests import tiny, tiny_classes
 
 CONFIG = "tests/commands/tiny_benchmark.py"
 
@@ -183,6 +184,32 @@ def test_a_search_reads_validation_sets_of_two_tasks_and_nothing_else(in_process
         entry["found"]["scores"], key=lambda trial: trial["R@1"])["settings"]}
     assert entry["found"]["seeds"] == [7] and entry["found"]["split"] == "valid"
     assert entry["found"]["tasks"] == ["low", "high"] and entry["found"]["trials"] == 2
+
+
+def test_a_search_on_sessions_of_classes_goes_by_their_accuracy(in_process, tmp_path):
+    """Test clips of all classes hold no audio, nor do those of the third session."""
+    tiny_classes.write_folder(tmp_path)
+    config = f"tests/tiny_classes.py:root={tmp_path}"
+    used = {str(clip.path) for task in build_stream(settings.stream_spec(cli.parse_config(
+        [f"--config={config},tasks=2"]))).tasks for clip in (*task.train.clips, *task.valid.clips)}
+    for path in (tmp_path / "tones").glob("*.wav"):
+        if str(path) not in used:
+            path.write_bytes(b"no audio")
+    failures = sweep.tune(config, ["sequential", "l2p"], [0], 2, ["train.duration=2 steps"],
+                          tmp_path / "best.json", tmp_path / "sweep", 1)
+    assert failures == []
+    found = best.read(tmp_path / "best.json")["methods"]
+    for method, own in found.items():
+        rate = methods.defaults(method, classes=True)["learning_rate"]
+        trials = {t["settings"]["learning_rate"]: t["accuracy"] for t in own["found"]["scores"]}
+        assert [*trials] == pytest.approx([rate, 3 * rate], rel=0.02)
+        for rate, score in trials.items():
+            results = read_results(tmp_path / "sweep" / f"{method}-0-learning_rate={rate}")
+            assert results["tasks"] == ["tones_1", "tones_2"] == own["found"]["tasks"]
+            last = results["matrices"]["accuracy/seen"][2]
+            assert score == pytest.approx(50 * sum(last), abs=0.01)
+        assert trials[own["settings"]["learning_rate"]] == max(trials.values())
+    assert sorted(found) == ["l2p", "sequential"]
 
 
 def finish(workdir, plan, score, **changes):
@@ -364,6 +391,8 @@ def test_best_settings_reach_the_method(tmp_path):
     best.apply(config.method, path)
     assert config.method.learning_rate == 1.0 and config.method.prompts.length == 9
     assert methods.build(config.method.to_dict()).prompts.length == 9
+    with pytest.raises(FileNotFoundError, match="no file of settings .*none.json"):
+        best.apply(config.method, tmp_path / "none.json")
     path.write_text(json.dumps({"methods": {"ptat": {"settings": {"rate": 1}}}}))
     with pytest.raises(ValueError, match=r"method ptat has no settings \['rate'\]"):
         best.apply(config.method, path)
