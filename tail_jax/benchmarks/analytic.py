@@ -4,7 +4,8 @@ After each session both have the weights of the ridge regression on all clips so
 clips of the session alone, by recursion or by accumulation and a solve, whichever
 `recursion_is_faster` says; scikit-learn's Ridge is fitted on all clips so far, which somebody has
 to keep. Both get the same random features, in float64; computing them is in neither time. Sessions
-alternate between the two, so that a slow minute hits both; a measurement is the sum over sessions.
+alternate between the two, so that a slow minute hits both. Measured are the last session, at which
+all clips have been seen, and the sum over all sessions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ RELATIVE_GAMMA = 1e-2
 
 
 def run(options: Options) -> Measured:
-    """Seconds of all updates, for each number of sessions (`tasks`) of `items` clips in all.
+    """Seconds of the last and of all updates, for each number of sessions (`tasks`) of `items`
+    clips in all.
 
     Raises:
         ValueError: scikit-learn is not installed, or there are more sessions than clips.
@@ -36,7 +38,8 @@ def run(options: Options) -> Measured:
         raise ValueError(f"--tasks={sessions[-1]} sessions of {clips} clips; expected a clip or "
                          "more in each")
     z = random_features(width, features, clips)
-    return measured([_compare(z, number, options.repeats) for number in sessions], options.repeats)
+    return measured([case for number in sessions for case in _compare(z, number, options.repeats)],
+                    options.repeats)
 
 
 def need_peer() -> None:
@@ -56,30 +59,31 @@ def random_features(width: int, features: int, clips: int) -> np.ndarray:
     return analytic.random_features(offset + random.standard_normal((clips, width)), w_p)
 
 
-def _compare(z: np.ndarray, sessions: int, repeats: int) -> Comparison:
-    """One stream, two classes a session, `repeats` times."""
+def _compare(z: np.ndarray, sessions: int, repeats: int) -> list[Comparison]:
+    """One stream, two classes a session, `repeats` times: its last session, and all."""
     parts = np.array_split(np.arange(len(z)), sessions)
     labels = np.concatenate([2 * t + np.arange(len(p)) % 2 for t, p in enumerate(parts)])
     recursive = analytic.recursion_is_faster([*map(len, parts)], z.shape[1], 2 * sessions)
-    seconds: dict[str, list[float]] = {OURS: [], PEER: []}
-    differences = []
-    for _ in range(repeats):
-        ours, peer, difference = _pass(z, labels, parts, recursive)
-        seconds[OURS].append(ours)
-        seconds[PEER].append(peer)
-        differences.append(difference)
+    passes = [_pass(z, labels, parts, recursive) for _ in range(repeats)]
+    difference = max(of_pass[2] for of_pass in passes)
     way = "recursion" if recursive else "accumulation"
-    return Comparison(f"{len(z):,} clips in {sessions} sessions, {z.shape[1]:,} features ({way})",
-                      len(z), seconds, max(differences))
+    name = f"{len(z):,} clips in {sessions} sessions, {z.shape[1]:,} features ({way})"
+
+    def seconds(total):
+        return {side: [total(of_pass[i]) for of_pass in passes]
+                for i, side in enumerate((OURS, PEER))}
+
+    return [Comparison(f"{name}: the last", len(parts[-1]), seconds(lambda s: s[-1]), difference),
+            Comparison(f"{name}: all", len(z), seconds(sum), difference)]
 
 
-def _pass(z, labels, parts, recursive) -> tuple[float, float, float]:
-    """(seconds of ours, of the peer, largest difference of a session's scores)."""
+def _pass(z, labels, parts, recursive) -> tuple[list[float], list[float], float]:
+    """(seconds of each session, ours and the peer's, largest difference of a session's scores)."""
     from sklearn.linear_model import Ridge
 
     gamma = RELATIVE_GAMMA * np.einsum("nm,nm->", z, z) / z.shape[1]
     targets = np.eye(labels.max() + 1)[labels]
-    classes, state, ours, peer, difference = targets.shape[1], None, 0.0, 0.0, 0.0
+    classes, state, ours, peer, difference = targets.shape[1], None, [], [], 0.0
     for part in parts:
         here, so_far = slice(part[0], part[-1] + 1), slice(0, part[-1] + 1)
         start = time.perf_counter()
@@ -94,6 +98,7 @@ def _pass(z, labels, parts, recursive) -> tuple[float, float, float]:
         middle = time.perf_counter()
         model = Ridge(alpha=gamma, fit_intercept=False, copy_X=False)
         model.fit(z[so_far], targets[so_far])
-        ours, peer = ours + middle - start, peer + time.perf_counter() - middle
+        ours.append(middle - start)
+        peer.append(time.perf_counter() - middle)
         difference = max(difference, np.abs(z[here] @ (weights - model.coef_.T)).max())
     return ours, peer, float(difference)

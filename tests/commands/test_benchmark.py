@@ -32,18 +32,23 @@ def test_load_suite_measures_time_and_memory_of_equal_weights():
 
 def test_analytic_suite_compares_equal_weights_after_each_session():
     report, shown = benchmark.benchmark("analytic", Options("tiny", repeats=2))
-    assert len(shown.table.splitlines()) == 2 + 2
+    assert len(shown.table.splitlines()) == 2 + 4
     assert "scikit-learn" in report["machine"]["versions"]
-    for case, way in zip(report["cases"], ("3 sessions, 90 features (accumulation)",
-                                           "16 sessions, 90 features (recursion)")):
-        assert case["difference"] < 1e-9 and case["case"] == f"320 clips in {way}"
-        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in case["measured"].values())
+    ways = ("3 sessions, 90 features (accumulation)", "16 sessions, 90 features (recursion)")
+    for i, way in enumerate(ways):
+        last, every = report["cases"][2 * i:2 * i + 2]
+        assert (last["case"], every["case"]) == (f"320 clips in {way}: the last",
+                                                 f"320 clips in {way}: all")
+        assert last["difference"] == every["difference"] < 1e-9
+        for side, seconds in last["measured"].items():
+            assert len(seconds) == 2
+            assert all(0 < one < of_all for one, of_all in zip(seconds, every["measured"][side]))
 
 
 def test_analytic_suite_takes_its_sizes_from_the_options(monkeypatch):
     sizes = Options("tiny", repeats=1, items=41, tasks=(2, 7))
     assert [case["case"][:24] for case in benchmark.benchmark("analytic", sizes)[0]["cases"]] == [
-        "41 clips in 2 sessions, ", "41 clips in 7 sessions, "]
+        *["41 clips in 2 sessions, "] * 2, *["41 clips in 7 sessions, "] * 2]
     with pytest.raises(ValueError, match="--tasks=42 sessions of 41 clips"):
         analytic.run(dataclasses.replace(sizes, tasks=(2, 42)))
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
