@@ -51,7 +51,7 @@ class OptimizerConfig:
             v <- momentum v + (gradient + decay p),  p <- p - rate v.
         b1, b2, epsilon: of Adam.
         momentum: of SGD.
-        clip: largest global gradient norm.
+        clip: largest global gradient norm, frozen leaves included; 0 clips nothing.
         warmup: share of a task's steps.
     """
 
@@ -93,7 +93,8 @@ def make_optimizer(config: OptimizerConfig, method, trainable) -> Optimizer:
         lambda u, p, decay: u + decay * p, updates, params, decays))
     rule = {"adamw": (optax.scale_by_adam(config.b1, config.b2, config.epsilon), decayed),
             "sgd": (decayed, optax.trace(config.momentum))}[config.kind]
-    transform = optax.chain(optax.clip_by_global_norm(config.clip), *rule)
+    clip = (optax.clip_by_global_norm(config.clip),) if config.clip else ()
+    transform = optax.chain(*clip, *rule)
 
     def update(gradients, state, trainable, mask, step, total):
         updates, new_state = transform.update(gradients, state, trainable)
