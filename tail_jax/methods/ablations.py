@@ -1,7 +1,7 @@
 """A method with one thing changed, to say in comparisons what each part is good for.
 
-Each is PTAT, PTAT-plus, PACE or full fine-tuning with other defaults, so that a benchmark can name
-it. Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
+Each is PTAT, PTAT-plus, PACE, RanPAC or full fine-tuning with other defaults, so that a benchmark
+can name it. Other settings (`prompts.text_side`, `prompts.first_layer`, lengths) are set on the command line.
 
 PACE's are those that the paper reports. What it tunes on the first session is added step by step
 
@@ -10,7 +10,8 @@ PACE's are those that the paper reports. What it tunes on the first session is a
 (nothing; LoRA and head at one rate; the head at a lower rate; the head warmed up, then frozen; the
 blocks chosen), and one part is taken from the whole: pace_untuned (no first session),
 pace_first_session (no later sessions), pace_no_boundary, pace_no_projection. That nothing is tuned
-without a first session, and the one rate of pace_naive, are our reading.
+without a first session, and the one rate of pace_naive, are our reading. ranpac_untuned is RanPAC
+without first-session adaptation.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 from typing import Any
 
 from tail_jax.methods.base import Method
+from tail_jax.methods.closed_form import RanPAC
 from tail_jax.methods.distillation import Distilled
 from tail_jax.methods.full import Sequential
 from tail_jax.methods.pace import PACE
@@ -58,6 +60,7 @@ VARIANTS = {
     "ptat_plus_rank_1": _variant(PTATPlus, "rank 1", rank=1, alpha=1.0),
     "ptat_plus_prompts": _variant(PTATPlus, "prompts only", rank=0, head_rank=0,
                                   prompts=PromptConfig(length=8, coupling="independent")),
+    "ranpac_untuned": _variant(RanPAC, "untuned", first_session=""),
     "pace_untuned": _variant(PACE, "untuned", first_session=False),
     "pace_naive": _variant(PACE, "naive", **_JOINTLY, head_learning_rate=PACE.learning_rate),
     "pace_low_head_rate": _variant(PACE, "low head rate", **_JOINTLY),
