@@ -85,8 +85,7 @@ def defaults(name: str, classes: bool = False) -> dict:
         named = ", ".join(for_streams("classifies" if classes else "retrieves"))
         raise ValueError(f"no method {name!r}; expected one of {named}, or an ablation "
                          "(methods/ablations.py)")
-    own = METHODS[name].class_defaults if classes else {}
-    return {"name": name} | dataclasses.asdict(METHODS[name](**own))
+    return {"name": name} | dataclasses.asdict(METHODS[name](**_class_defaults(name, classes)))
 
 
 def build(config: Mapping, tasks: int = 0, classes: int | None = None) -> Method:
@@ -102,7 +101,7 @@ def build(config: Mapping, tasks: int = 0, classes: int | None = None) -> Method
     config = dict(config)
     known = defaults(config.pop("name", None), bool(classes))
     _check(config, known, "method")
-    config = (METHODS[known["name"]].class_defaults if classes else {}) | config
+    config = _class_defaults(known["name"], classes) | config
     if "prompts" in config:
         _check(config["prompts"], known["prompts"], "method.prompts")
         config["prompts"] = PromptConfig(**config["prompts"])
@@ -125,6 +124,11 @@ def for_streams(what: str, ablations: bool = False) -> list[str]:
     """Names of the methods that can do `what`: 'retrieves' or 'classifies'."""
     return [name for name, kind in METHODS.items()
             if getattr(kind, what) and (ablations or name not in ABLATIONS)]
+
+
+def _class_defaults(name: str, classes: int | None) -> dict:
+    """What defaults other than a method's own are; one that is for class streams alone has none."""
+    return METHODS[name].class_defaults if classes and METHODS[name].retrieves else {}
 
 
 def _check(config: Mapping, known: Mapping, where: str) -> None:

@@ -80,7 +80,7 @@ class Method:
     refreshes = False    # True: `aux` changes within a stage, see `begin_epoch`
     loss_classes = "current"  # of `aux["classes"]`: those among which the loss compares
     decision = ()        # entries of `statistics` that `decide` reads; they go into the tuning file
-    class_defaults = {}  # settings whose defaults are others on class-incremental streams
+    class_defaults = {}  # of methods for both, defaults that are others on class streams
 
     # --- state -------------------------------------------------------------------------------
 

@@ -72,7 +72,6 @@ class HiDePrompt(TaskPrefixes):
 
     embedding_aux = ("task", "router")
     retrieves = False
-    class_defaults = {}
 
     def __post_init__(self):
         super().__post_init__()

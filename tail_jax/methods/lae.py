@@ -46,7 +46,6 @@ class LAE(Lora):
 
     embedding_aux = ("known",)
     retrieves = False
-    class_defaults = {}
 
     def __post_init__(self):
         super().__post_init__()

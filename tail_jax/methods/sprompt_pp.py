@@ -34,4 +34,3 @@ class SPromptPlusPlus(KeyedPrefixes):
     epochs: int = 50
 
     retrieves = False
-    class_defaults = {}

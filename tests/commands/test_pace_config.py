@@ -61,3 +61,12 @@ def test_an_unknown_stream_is_an_error_that_lists_them():
     with pytest.raises(ValueError, match="stream=esc51; expected folder or one of esc50, us8k"):
         pace.get_config("stream=esc51")
     assert isinstance(pace.get_config(), ConfigDict)
+
+
+def test_rates_of_methods_for_class_streams_alone_are_their_own():
+    """Others, made for heads that are pretrained, have another rate for a head that is new."""
+    rates = {name: pace.get_config(f"stream=esc50,method={name}").method.heads_learning_rate
+             for name in ("l2p", "dualprompt", "joint_lora", "ranpac", "acil", "lda")}
+    assert rates == {"l2p": 1e-3, "dualprompt": 1e-3} | dict.fromkeys(
+        ("joint_lora", "ranpac", "acil", "lda"), 1e-2)
+    assert methods.defaults("l2p")["heads_learning_rate"] == 1e-4
