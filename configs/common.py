@@ -15,6 +15,24 @@ MINI_LOG_MEL = LogMelSettings(sampling_rate=16000, n_fft=640, hop_length=320, n_
                               fmax=8000.0)
 
 
+def mini_front_end(seconds: float) -> tuple[LogMelSettings, float]:
+    """Front end of about so many seconds in 128 frames of 32 bands, and its window in seconds.
+
+    A window is 127.5 hops of whole samples, so it differs from `seconds` by half a sample a frame
+    at most (4 ms): 2.55 s gives MINI_LOG_MEL. A frame is two hops long, and at least 25 ms: that
+    resolves the lowest bands, whose centres are 90 Hz apart.
+
+    Raises:
+        ValueError: below 0.1 s or above 10.2 s.
+    """
+    if not 0.1 <= seconds <= 10.2:
+        raise ValueError(f"config argument seconds={seconds}; expected 0.1 to 10.2, the window "
+                         "that 128 frames cover")
+    hop = round(seconds * MINI_LOG_MEL.sampling_rate / 127.5)
+    return (dataclasses.replace(MINI_LOG_MEL, n_fft=max(2 * hop, 400), hop_length=hop),
+            127.5 * hop / MINI_LOG_MEL.sampling_rate)
+
+
 def parse(arg: str | None, **defaults) -> dict:
     """'method=ptat,seed=1' -> a dict with the types of the defaults.
 

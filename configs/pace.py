@@ -13,12 +13,14 @@ EAT is a checkpoint of EAT or SSLAM; ESC50 the folder of the corpus as it unpack
     folder     with stream=folder: a caption folder below data.root, split by its own column
     sessions   and into how many sessions of equally many classes it is cut
     label      and the column that holds the class, or several joined by +
+    seconds    window of a folder's clips: 5.1 by default, 0.64 for spoken digits
     tasks      only so many sessions, from the first on (0: all)
     settings   a file of `sweep --tune` with the method's settings, as configs/best/esc10.json, or
                default (the method's own: the published ones, made for a backbone of full size)
 
 A folder is learned on a small backbone that is pretrained here, without labels or captions, on the
-embedded base corpus; for 5 s clips and 16 kHz.
+embedded base corpus, at 16 kHz. It takes 128 frames, so the window decides how far they lie apart
+(`common.mini_front_end`), and every window has a backbone of its own.
 """
 
 import dataclasses
@@ -26,7 +28,6 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs import common, pretrain_eat
-from configs.real_audio import LOG_MEL
 from data_pipelines.front_end import KALDI
 from tail_jax import best
 
@@ -50,15 +51,16 @@ FILTERBANK = dataclasses.replace(KALDI, frames=512)
 
 def get_config(arg=None) -> ConfigDict:
     args = common.parse(arg, stream="folder", method="pace", seed=0, model="", folder="",
-                        sessions=5, label="label", tasks=0, settings="default")
+                        sessions=5, label="label", seconds=5.1, tasks=0, settings="default")
     own = args["stream"] == "folder"
     if not own and args["stream"] not in PUBLISHED:
         raise ValueError(f"config argument stream={args['stream']}; expected folder or one of "
                          f"{', '.join(PUBLISHED)}")
     if own:
+        log_mel, window = common.mini_front_end(args["seconds"])
         config = common.base_config(args["method"], args["seed"], args["model"] or "mini-eat",
-                                    LOG_MEL, window_seconds=5.1, max_tokens=24, classes=True)
-        config.backbone.pretrain = pretrain_eat.inner()
+                                    log_mel, window_seconds=window, max_tokens=24, classes=True)
+        config.backbone.pretrain = pretrain_eat.inner(window)
         config.backbone.pretrain.seed = args["seed"]
         corpus, sessions, config.train.duration = "folder", args["sessions"], "10 epochs"
     else:

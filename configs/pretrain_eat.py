@@ -30,7 +30,13 @@ def get_config(arg=None) -> ConfigDict:
     return config
 
 
-def inner() -> ConfigDict:
-    """What `config.backbone.pretrain` holds; model and front end are those of the experiment."""
+def inner(seconds: float = 2.55) -> ConfigDict:
+    """What `config.backbone.pretrain` holds; model and front end are those of the experiment.
+
+    Args:
+        seconds: its window. Scenes are as long, but no shorter than of the other experiments:
+            silence behind shorter ones would be half of what is learned.
+    """
     own = get_config()
+    own.stream.scenes = {"seconds": seconds} if seconds > 2.55 else {}
     return ConfigDict({k: own[k] for k in ("seed", "method", "stream", "optimizer", "train")})

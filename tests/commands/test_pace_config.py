@@ -1,11 +1,15 @@
 """The configurations of class-incremental streams."""
 
+import librosa
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import pace
+from configs import common, pace, real_audio
 from data_pipelines import streams
 from tail_jax import best, cli, methods, settings
+from data_pipelines.log_mel import LogMelSettings, window_and_filters
+from tail_jax import cli, methods, settings
 from tail_jax.models.dual_encoder import DualEncoder
 
 NAMES = methods.for_streams("classifies", ablations=True)
@@ -70,3 +74,40 @@ def test_rates_of_methods_for_class_streams_alone_are_their_own():
     assert rates == {"l2p": 1e-3, "dualprompt": 1e-3} | dict.fromkeys(
         ("joint_lora", "ranpac", "acil", "lda"), 1e-2)
     assert methods.defaults("l2p")["heads_learning_rate"] == 1e-4
+# 127.5 hops: 5.1 s x 16 kHz / 640, and so on.
+@pytest.mark.parametrize("seconds, hop, n_fft, window", [
+    (5.1, 640, 1280, 5.1), (2.55, 320, 640, 2.55), (1.28, 161, 400, 161 * 127.5 / 16000),
+    (0.64, 80, 400, 0.6375), (0.1, 13, 400, 13 * 127.5 / 16000), (10.2, 1280, 2560, 10.2)])
+def test_window_gives_the_front_end_of_128_frames(seconds, hop, n_fft, window):
+    config = pace.get_config(f"seconds={seconds}")
+    assert config.data.window_seconds == pytest.approx(window, abs=1e-12)
+    found = LogMelSettings(**config.data.log_mel)
+    assert (found.hop_length, found.n_fft) == (hop, n_fft)
+    assert settings.data_settings(cli.plain(config.data)).audio_shape == (128, 32)
+    _, filters = window_and_filters(found)
+    expected = librosa.filters.mel(sr=16000, n_fft=n_fft, n_mels=32, fmin=50, fmax=8000).T
+    np.testing.assert_allclose(filters, expected, atol=1e-8)
+    # No two bands peak at one frequency, and none falls between two: Slaney's triangles have the
+    # height 2 / width, and each reaches half of it.
+    edges = librosa.mel_frequencies(34, fmin=50, fmax=8000)
+    assert (np.diff(filters.argmax(0)) > 0).all()
+    assert (filters.max(0) * (edges[2:] - edges[:-2]) > 1).all()
+
+
+def test_default_windows_are_those_of_the_other_experiments():
+    config = pace.get_config()
+    assert LogMelSettings(**config.data.log_mel) == real_audio.LOG_MEL
+    assert config.data.window_seconds == 5.1
+    assert common.mini_front_end(2.55) == (common.MINI_LOG_MEL, 2.55)
+
+
+def test_scenes_of_the_pretraining_fill_the_window():
+    scenes = [pace.get_config(f"seconds={s}").backbone.pretrain.stream.scenes.to_dict()
+              for s in (5.1, 2.55, 0.64)]
+    assert scenes == [{"seconds": 5.1}, {}, {}]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 12.0])
+def test_a_window_out_of_range_is_an_error(seconds):
+    with pytest.raises(ValueError, match=f"seconds={seconds}; expected 0.1 to 10.2"):
+        pace.get_config(f"seconds={seconds}")
