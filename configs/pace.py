@@ -13,7 +13,7 @@ EAT is a checkpoint of EAT or SSLAM; ESC50 the folder of the corpus as it unpack
     folder     with stream=folder: a caption folder below data.root, split by its own column
     sessions   and into how many sessions of equally many classes it is cut
     label      and the column that holds the class, or several joined by +
-    seconds    window of a folder's clips: 5.1 by default, 0.64 for spoken digits
+    seconds    window of a folder's clips, 5.1 by default; 1.28 holds a spoken digit
     tasks      only so many sessions, from the first on (0: all)
     settings   a file of `sweep --tune` with the method's settings, as configs/best/esc10.json, or
                default (the method's own: the published ones, made for a backbone of full size)

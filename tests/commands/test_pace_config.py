@@ -7,9 +7,8 @@ from ml_collections import ConfigDict
 
 from configs import common, pace, real_audio
 from data_pipelines import streams
-from tail_jax import best, cli, methods, settings
 from data_pipelines.log_mel import LogMelSettings, window_and_filters
-from tail_jax import cli, methods, settings
+from tail_jax import best, cli, methods, settings
 from tail_jax.models.dual_encoder import DualEncoder
 
 NAMES = methods.for_streams("classifies", ablations=True)

@@ -214,7 +214,7 @@ def test_the_configuration_pretrains_the_mini_preset_without_text():
     config = cli.plain(pretrain_eat.get_config("seed=3"))
     model = settings.described_model(config)
     assert model == preset("mini-eat") and model.text is None and config["seed"] == 3
-    assert methods.build(config["method"]).visible(model.audio.grid) == 13
+    assert methods.build(config["method"]).visible(model.audio.grid) == 5
     assert settings.data_settings(config["data"]).audio_shape == model.audio.input_shape
     assert cli.plain(pretrain_eat.inner())["method"] == config["method"]
 
