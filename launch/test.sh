@@ -7,6 +7,7 @@ launch/install.sh test
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"
 if [[ "${1:-}" == --slow ]]; then
   shift
+  export XLA_FLAGS="${XLA_FLAGS:-}"  # not the quicker compilation of the others
   exec .venv/bin/python -m pytest -q -m slow "$@"
 fi
 # Files at a time: one a core, four at most (each takes up to 3 GB). Most of a test is compilation,

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's older code for fused operations: tiny models compile in half the time, in processes that
+# tests start too. `launch/test.sh --slow` leaves XLA as users have it.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import pathlib
 import subprocess
@@ -74,13 +77,16 @@ def tiny_classes_config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_python(compilation_cache):
-    """run_python(*arguments, devices=1) -> the finished process, its output as text."""
+    """run_python(*arguments, devices=1) -> the finished process, its output as text.
+
+    It compiles as the test that starts it does: with `quick_compilation` or not.
+    """
 
     def run(*arguments, devices=1, timeout=300):
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compilation_cache,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            + " --xla_backend_optimization_level=0" * (devices > 1)}  # compiles in half the time
+            "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+        if devices > 1:
+            environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
                               capture_output=True, text=True, timeout=timeout)
 
@@ -89,9 +95,14 @@ def run_python(compilation_cache):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Halves the time XLA takes to compile tiny models, which is most of such a test."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    """Halves the time XLA takes to compile tiny models, which is most of such a test.
+
+    The processes that a test starts compile in the same way.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
     # Programs in memory are found again whatever the setting; those made here round in another way,
     # and a later test that compares bits with another process would meet them.

@@ -18,6 +18,7 @@ from tail_jax.run import open_run
 from tail_jax.train import train
 from tail_jax.training.checkpoints import load_tree, save_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = "--config=configs/quickstart.py"
 
 

@@ -17,6 +17,7 @@ from tail_jax.train import train
 from tail_jax.tuning.masks import apply_rules
 from tests.training import stepping
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = [{"method": method, "mesh": mesh, "accumulation": parts} for method, mesh, parts in (
     ("ptat", [8, 1], 4), ("ptat", [4, 2], 1), ("sequential", [8, 1], 1), ("sequential", [4, 2], 1),
     ("l2p", [8, 1], 1), ("ptat_plus", [4, 2], 4), ("modx", [4, 2], 1))]

@@ -8,6 +8,8 @@ import pytest
 from tail_jax.train import train
 from tail_jax.training.checkpoints import load_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def config(tiny_config):

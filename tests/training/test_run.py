@@ -13,6 +13,7 @@ from tail_jax.training.checkpoints import tree_hash
 from tail_jax.training.step import TrainStep
 from tail_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 METHODS = ("ptat", "prompts", "sequential", "joint", "frozen")
 
 
