@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_steps_with_copies_are_the_same_on_every_mesh_and_end(run_python):
     # With clips and copies as two towers of one step, the 2 x 2 mesh never returned.
     cases = [[[4, 1], 1], [[2, 2], 1], [[1, 4], 1], [[4, 1], 2]]
