@@ -19,6 +19,7 @@ from tail_jax.reporting.writers import read_results
 from tail_jax.train import train
 from tests import tiny, tiny_classes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = "tests/commands/tiny_benchmark.py"
 
 
@@ -43,8 +44,7 @@ def results_of(folder):
 
 
 def test_a_sweep_is_killed_goes_on_and_reports_what_failed(sweep_command, own_root, tmp_path,
-                                                           compilation_cache, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in half the time
+                                                           compilation_cache):
     folder, chosen = tmp_path / "sweep", ["--methods=frozen,sequential", "--seeds=0,1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tail_jax.sweep", f"--config={CONFIG}:root={own_root}",
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line_before_anything_runs(sweep_command, tmp_path, arg
 
 
 @pytest.fixture
-def in_process(monkeypatch, quick_compilation):
+def in_process(monkeypatch):
     """Jobs are trained in this process: a search as it is, but for the time that starts take."""
 
     def run(wanted, *_):
