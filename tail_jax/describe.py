@@ -18,6 +18,7 @@ from tail_jax import cli, methods, settings
 from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 from tail_jax.reporting.writers import write_json_atomic
 from tail_jax.training import sharding
+from tail_jax.training.kept import Features
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
 from tail_jax.training.step import cast_frozen, make_train_step
 from tail_jax.tuning.masks import count, leaf_name
@@ -69,23 +70,23 @@ def describe(config: dict) -> dict:
     lowered = step.function.lower(
         trainable, opt_state, frozen, state["aux"],
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.bool_), trainable),
-        batch_shapes(config, model, method), jax.eval_shape(lambda: jax.random.key(0)),
-        jax.ShapeDtypeStruct((2,), jnp.int32))
+        batch_shapes(config, model, method, state, frozen),
+        jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((2,), jnp.int32))
     report["flops_per_step"] = lowered.cost_analysis()["flops"]
     report["batch_size"] = config["train"]["batch_size"]
     return report
 
 
-def batch_shapes(config: dict, model, method) -> dict:
-    """Shapes of a training batch as the step takes it."""
+def batch_shapes(config: dict, model, method, state: dict, frozen) -> dict:
+    """Shapes of a training batch as the first step takes it, where inputs are fixed."""
     rows, shape = config["train"]["batch_size"], jax.ShapeDtypeStruct
     batch = model.input_shapes(rows, config["data"]["max_tokens"])
     ids = ("clip_id", "label") if model.classes else ("clip_id", "caption_key")
     batch |= {name: shape((rows,), jnp.int32) for name in ids}
     batch["mask"] = shape((rows,), jnp.bool_)
-    if method.has_teacher and config["train"]["cache_teacher"] and not model.classes:
-        batch |= {f"teacher_{side}": shape((rows, model.embedding), jnp.float32)
-                  for side in ("audio", "text")}
+    if config["train"]["keep_features"]:
+        features = Features(method, tuple(method.kept(model, state, 0, 0)))
+        batch |= features.shapes(model, state["trainable"], frozen, state["aux"], rows)
     return batch | method.replay_shapes(model, rows)
 
 

@@ -40,6 +40,9 @@ def check(config: dict, devices: int) -> None:
             ("train.accumulation", train["accumulation"], 1),
             ("train.log_every", train["log_every"], 1),
             ("train.save_seconds", train["save_seconds"], 0),
+            # Runs made earlier, which can still be measured, have neither.
+            ("train.keep_memory_bytes", train.get("keep_memory_bytes", 0), 0),
+            ("train.keep_disk_bytes", train.get("keep_disk_bytes", 0), 0),
             ("eval.batch_size", evaluation["batch_size"], 1)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected {least} or more")

@@ -34,8 +34,8 @@ from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting import tables
 from tail_jax.reporting.writers import JsonLinesWriter, read_results, write_json_atomic
 from tail_jax.run import STEP_KEY, Run, open_run, read, stream_name
-from tail_jax.training import teacher
 from tail_jax.training.checkpoints import Checkpoints, save_tree
+from tail_jax.training.kept import NOTHING, Kept, Limits, keep
 from tail_jax.training.loop import STEP_KEYS, Diverged, Preempted, TaskLoop, watch_signals
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, parse_duration
 from tail_jax.training.step import make_train_step
@@ -101,9 +101,11 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
                 if not progress["step"]:
                     state = run.begin_stage(state, number, stage, data(2 + 2 * stage))
                     opt_state = step.init_optimizer(state["trainable"])
+                kept = keep_features(run, task, number, stage, state, data(2 + 2 * stage))
                 state, opt_state = train_stage(
-                    run, task, number + stage * len(plan), stage, state, opt_state, step,
+                    run, task, number + stage * len(plan), stage, state, opt_state, step, kept,
                     progress, metrics.write, save, stop)
+                del kept  # its file ends with it
                 state = run.end_stage(state, number, stage, data(3 + 2 * stage))
                 progress["step"] = 0
                 if stage + 1 < len(task.stages):
@@ -140,14 +142,14 @@ class Task:
         reader: its training split; None where nothing is trained.
         stages: (name, steps) of each stage it is trained in.
         row: of the result matrices that is measured afterwards, the number of tasks seen.
-        cache_teacher: the teacher's embeddings are computed once for the task.
+        keeps: features of frozen layers are computed once for each of its stages.
     """
 
     name: str
     reader: SplitReader | None
     stages: tuple[tuple[str, int], ...]
     row: int
-    cache_teacher: bool = False
+    keeps: bool = False
 
     def data(self, run: Run, number: int, hook: int) -> TaskData | None:
         """What a hook of task `number` sees, numbered as `Run.task_data` says."""
@@ -166,19 +168,28 @@ def make_plan(run: Run) -> list[Task]:
                                                 len(r.pairs), schedule["batch_size"]))
                     for stage in run.method.stages(number, sizes[:number + 1]))
               for number, r in enumerate(readers)]
+    # One answer for all tasks, or the steps of a stage would be two programs.
+    keeps = schedule["keep_features"] and all(r.fixed_inputs for r in readers)
     if run.method.joint:  # as many steps of each stage as the tasks have, one by one
         merged = reader(merge_splits([task.train for task in tasks]))
         together = tuple((same[0][0], sum(steps for _, steps in same)) for same in zip(*stages))
-        return [Task("+".join(task.name for task in tasks), merged, together, len(tasks))]
-    # One answer for all tasks: batches with and without a teacher are two programs.
-    cache = (run.method.has_teacher and schedule["cache_teacher"] and not run.stream.classes
-             and all(r.fixed_inputs for r in readers))
-    return [Task(task.name, r, own, row, cache)
+        return [Task("+".join(task.name for task in tasks), merged, together, len(tasks), keeps)]
+    return [Task(task.name, r, own, row, keeps)
             for row, (task, r, own) in enumerate(zip(tasks, readers, stages), 1)]
 
 
+def keep_features(run: Run, task: Task, number: int, stage: int, state: State,
+                  data: TaskData) -> Kept:
+    """What the steps of a stage find in their batches instead of computing it in each."""
+    if not task.keeps:
+        return NOTHING
+    schedule = run.config["train"]
+    limits = Limits(schedule["keep_memory_bytes"], schedule["keep_disk_bytes"], run.workdir)
+    return keep(run.method, state, number, stage, data, limits)
+
+
 def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt_state: Any, step,
-                progress: dict, write: Callable, save: Callable, stop: Callable):
+                kept: Kept, progress: dict, write: Callable, save: Callable, stop: Callable):
     """Trains stage `stage` of a task from step progress['step'] on; returns (state, opt_state).
 
     `number` is that of this training among all of the run: of the task, in its first stage.
@@ -195,7 +206,7 @@ def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt
         return state["aux"]
 
     epoch = task.reader.steps_per_epoch(run.config["train"]["batch_size"])
-    data = task.data(run, number, 2 + 2 * stage)
+    data = dataclasses.replace(task.data(run, number, 2 + 2 * stage), kept=kept)
     loop = TaskLoop(
         step, run.mesh, jax.random.fold_in(jax.random.fold_in(run.key, STEP_KEY), number),
         write=lambda n, values: write(before + n, task=task.name, **({"stage": name} if name else
@@ -207,11 +218,11 @@ def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt
                                           else "of the memory"),
         log_every=run.config["train"]["log_every"],
         save_seconds=run.config["train"]["save_seconds"],
-        keys=STEP_KEYS + tuple(run.method.replay_shapes(run.model, 1)),
+        keys=(*STEP_KEYS, *run.method.replay_shapes(run.model, 1), *kept.arrays),
         refresh=refresh if run.method.refreshes else None)
     trainable, opt_state = loop.run(
         f"{run.config['method']['name']}: {task.name}" + (name and f", {name}"),
-        training_batches(run, task, number, state, progress["step"]), state["trainable"],
+        training_batches(run, task, number, state, kept, progress["step"]), state["trainable"],
         opt_state, run.frozen, state["aux"], run.method.update_mask(state), progress["step"],
         steps)
     usual = statistics.median(loop.seconds) if loop.seconds else None
@@ -220,20 +231,18 @@ def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt
     return state | {"trainable": trainable}, opt_state
 
 
-def training_batches(run: Run, task: Task, number: int, state: State, start_step: int):
-    """The batches of a task from `start_step` on, with the teacher's embeddings where they keep."""
+def training_batches(run: Run, task: Task, number: int, state: State, kept: Kept,
+                     start_step: int):
+    """The batches of a task from `start_step` on, with their rows of what is kept."""
     seed = int(np.random.SeedSequence([run.config["seed"], number]).generate_state(1)[0])
     size, hosts = run.config["train"]["batch_size"], jax.process_count()
     replayed = run.method.replay_rows(state, size)
     batches = task.reader.train_batches(size - replayed, seed, start_step, jax.process_index(),
                                         hosts)
-    if task.cache_teacher:
-        embedder, args = run.embedder, (state["aux"]["teacher"], run.frozen, state["aux"])
-        batches = teacher.cached(batches, embedder.audio(task.reader, *args, training=True),
-                                 embedder.text(task.reader, *args))
     for step, batch in enumerate(batches, start_step):
         random = np.random.default_rng([seed, step, jax.process_index()])
-        yield run.method.replay(state, batch, replayed // hosts, task.reader, random)
+        yield run.method.replay(state, batch | kept.rows(batch), replayed // hosts, task.reader,
+                                random)
 
 
 def measure(run: Run, progress: dict, row: int, state: State) -> None:

@@ -71,7 +71,6 @@ class Method:
 
     trains = True    # False: the method is evaluated as it is
     joint = False    # True: one training on the union of all tasks, an upper bound
-    has_teacher = False  # True: `aux` has a `teacher` tree, see `distillation.Taught`
     embedding_aux = ()   # entries of `aux` that embedding reads; they go into the tuning file
     own_encode = False   # True: `encode` does more than `resolve` can say
     routes = False       # True: `tasks_of` says which task's part of the tree an item is given
@@ -107,7 +106,7 @@ class Method:
         return {}
 
     def begin_task(self, state: State, task: int, data) -> State:
-        """State at the start of task 0, 1, ...; shapes stay, for the step is traced once.
+        """State at the start of task 0, 1, ...; shapes stay, or the step is traced again.
 
         `data` is the `TaskData` of the task (None for a method that is not trained).
         """
@@ -200,6 +199,23 @@ class Method:
         """
         del before, aux
         return after
+
+    # --- what the steps of a stage do not change ---------------------------------------------
+
+    def kept(self, model: DualEncoder, state: State, task: int, stage: int) -> dict[str, str]:
+        """{name: side} of features that no step of this stage changes; {} for none.
+
+        Where training sees its inputs the same way each time, they are computed once for all clips
+        ('audio') or captions ('text') of the task, and batches have their rows under these names
+        (`training/kept.py`). A step has to do with or without each of them. The first ones are kept
+        before the others, where not all have room.
+        """
+        del model, state, task, stage
+        return {}
+
+    def feature(self, name, model, trainable, frozen, aux, batch) -> jax.Array:
+        """The feature of that name, of those that `kept` tells, each row alone: [B, ...]."""
+        raise NotImplementedError  # a hook without a default: few methods keep features
 
     # --- the step ----------------------------------------------------------------------------
 

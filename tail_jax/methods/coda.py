@@ -44,6 +44,7 @@ class CODAPrompt(Pool):
     tasks: int = 0
 
     embedding_aux = ("task",)
+    queries = True
     class_defaults = Pool.class_defaults | {"components": 0, "epochs": 20, "weight_decay": 0.0}
 
     def __post_init__(self):

@@ -19,8 +19,6 @@ class Taught:
     first task the two are one, and `aux["distil"]`, the factor of the teacher's terms, is 0.
     """
 
-    has_teacher = True
-
     def init(self, key, model, params):
         state = super().init(key, model, params)
         return state | {"aux": state["aux"] | {"teacher": state["trainable"],
@@ -34,13 +32,27 @@ class Taught:
             "distil": jnp.asarray(task > 0, jnp.float32)}}
 
     def forward(self, model, trainable, frozen, aux, batch, key):
-        outputs = super().forward(model, trainable, frozen, aux, batch, key)
-        if "teacher_audio" in batch:  # embedded once for the task, see training/teacher.py
-            teacher = {"audio": batch["teacher_audio"], "text": batch["teacher_text"]}
+        outputs, names = super().forward(model, trainable, frozen, aux, batch, key), _names(model)
+        if all(name in batch for name in names):
+            teacher = {name: batch[name] for name in names}
         else:
-            teacher = super().forward(model, aux["teacher"], frozen, aux, batch, None)
-        teacher = jax.lax.stop_gradient(teacher)
-        return outputs | {f"teacher_{k}": v for k, v in teacher.items()}
+            taught = super().forward(model, aux["teacher"], frozen, aux, batch, None)
+            teacher = {f"teacher_{name}": value for name, value in taught.items()}
+        return outputs | jax.lax.stop_gradient(teacher)
+
+    def kept(self, model, state, task, stage):
+        return _names(model)
+
+    def feature(self, name, model, trainable, frozen, aux, batch):
+        side, name = _names(model)[name], name.removeprefix("teacher_")
+        out = self.encode(side, model, aux["teacher"], frozen, aux, batch)
+        return self.row_outputs(side, out)[name]
+
+
+def _names(model) -> dict[str, str]:
+    """{output of the teacher: side}."""
+    logits = {"teacher_logits": "audio"} if model.classes else {}
+    return {f"teacher_{side}": side for side in model.towers} | logits
 
 
 @dataclasses.dataclass(frozen=True)

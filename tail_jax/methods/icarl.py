@@ -55,6 +55,9 @@ class ICaRL(Taught, Replay):
         return super().memory(model, audio_shape, max_tokens) | {
             "place": np.zeros(self.capacity, np.int32)}
 
+    def kept(self, model, state, task, stage):
+        return {}  # batches have rows of the memory, too, and nothing is kept of those
+
     def end_task(self, state, task, data):
         old = {name: np.asarray(x) for name, x in state["memory"].items()}
         features, labels = data.map_audio(self.embed_audio, state), data.labels

@@ -41,10 +41,12 @@ import numpy as np
 from tail_jax.methods import boundary, ridge_head
 from tail_jax.methods.base import Stage
 from tail_jax.methods.session_lora import ConfinedLora
+from tail_jax.models.dual_encoder import HIDDEN
 from tail_jax.tuning import depth, subspaces
 
 CKA = ("tokens", "pooled_debiased")
 PROBE, HEAD, ADAPT = "probe", "head", "adapt"
+COPIES = "copies_"  # begins what is kept of the masked copies, before the number of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ class PACE(ConfinedLora):
         return state | {"statistics": statistics | head | {"clips": clips}}
 
     def first_block(self, state):
-        return int(state["aux"]["first_block"])
+        return self.tune_from or int(state["aux"]["first_block"])
 
     def _merged(self, state, data):
         state = super()._merged(state, data)
@@ -260,16 +262,14 @@ class PACE(ConfinedLora):
     def _clips_and_copies(self, state, found, data) -> tuple[np.ndarray, np.ndarray]:
         """Unit features of the session's clips [n, d] and of all their copies [n, N_p, d]."""
         state = state | {"aux": state["aux"] | {"boundary": found}}
-        return data.map_audio(self._unit, state), data.map_audio(self._all_copies, state)
+        units = data.map_audio(self._units, state)
+        return units[:, -1], units[:, :-1]
 
     # As `TaskData` takes them; the same functions in every task, so that they are compiled once.
 
-    def _unit(self, model, trainable, frozen, aux, batch):
-        return self.embed_audio(model, trainable, frozen, aux, batch)
-
-    def _all_copies(self, model, trainable, frozen, aux, batch):
+    def _units(self, model, trainable, frozen, aux, batch):
         parts = jax.lax.map(self._masked(model, trainable, frozen, aux, batch),
-                            jnp.arange(self.copies))
+                            jnp.arange(self.copies + 1))
         return parts["audio"].swapaxes(0, 1)
 
     def _both(self, model, trainable, frozen, aux, batch):
@@ -286,6 +286,35 @@ class PACE(ConfinedLora):
         pool = lambda hidden: jnp.stack([h.astype(jnp.float32).mean(1) for h in hidden], 1)
         return jnp.stack([*map(pool, self._both(model, trainable, frozen, aux, batch))], 1)
 
+    # --- what the steps of a stage do not change ---------------------------------------------
+
+    def kept(self, model, state, task, stage):
+        """Under a head the whole tower stands still; then the blocks below L_tune, of clips and of
+        the copies that the loss may read (which it does not where no clip is boundary-prone)."""
+        name = self._names(task)[stage]
+        if name != ADAPT:
+            return {"pooled": "audio"} if name == HEAD else {}
+        below = self.first_block(state) - 1
+        if not below:
+            return {}
+        copies = self.boundary_weight and (task or self.reg_on_fsa)
+        return {f"{kind}{below}": "audio" for kind in (HIDDEN, COPIES)[:1 + bool(copies)]}
+
+    def feature(self, name, model, trainable, frozen, aux, batch):
+        if name == "pooled":
+            return self.pooled(model, trainable, frozen, aux, batch)
+        block = int(name.removeprefix(HIDDEN).removeprefix(COPIES))
+
+        def entering(audio):
+            rows = batch | {"audio": audio}
+            return self.encode("audio", model, trainable, frozen, aux, rows)["hidden"][block]
+
+        if name.startswith(HIDDEN):
+            return entering(batch["audio"])
+        copies = jax.lax.map(lambda number: entering(self._copy(frozen, aux, batch, number)),
+                             jnp.arange(self.copies))
+        return copies.swapaxes(0, 1)
+
     # --- optimisation ------------------------------------------------------------------------
 
     def update_mask(self, state):
@@ -293,18 +322,30 @@ class PACE(ConfinedLora):
 
     # --- the step ----------------------------------------------------------------------------
 
+    def _copy(self, frozen, aux, batch, number):
+        """That masked copy of each clip. Masks are what normalisation turns into 0."""
+        key, fill = jax.random.wrap_key_data(aux["boundary"]["key"]), frozen["audio"]["input_mean"]
+        return boundary.masked_copy(batch["audio"], batch["clip_id"], number, key, fill,
+                                    (self.mask_least, self.mask_most))
+
     def _masked(self, model, trainable, frozen, aux, batch):
         """number -> outputs of that masked copy of each clip, computed again on the way back.
 
-        Number `copies` is the clip itself. Masks are what normalisation turns into 0.
+        Number `copies` is the clip itself. Where they are kept, copies and clip enter the tower at
+        the block that is.
         """
-        key, fill = jax.random.wrap_key_data(aux["boundary"]["key"]), frozen["audio"]["input_mean"]
+        kept = next((name for name in batch if name.startswith(COPIES)), None)
+        name = kept and HIDDEN + kept.removeprefix(COPIES)
 
         @jax.checkpoint
         def one(number):
-            audio = boundary.masked_copy(batch["audio"], batch["clip_id"], number, key, fill,
-                                         (self.mask_least, self.mask_most))
-            rows = batch | {"audio": jnp.where(number < self.copies, audio, batch["audio"])}
+            if kept:
+                copy = jax.lax.dynamic_index_in_dim(batch[kept], number, 1, keepdims=False)
+                rows = {name: jnp.where(number < self.copies, copy, batch[name])}
+            else:
+                audio = jnp.where(number < self.copies, self._copy(frozen, aux, batch, number),
+                                  batch["audio"])
+                rows = {"audio": audio}
             return self.row_outputs("audio", self.encode("audio", model, trainable, frozen, aux,
                                                          rows))
 
@@ -319,6 +360,9 @@ class PACE(ConfinedLora):
         if not self.boundary_weight:
             return alone()
         count = self.reg_copies_per_step
+        nothing = jnp.zeros((len(batch["mask"]), count, model.embedding))
+        if "pooled" in batch:  # a head alone is trained, and the loss has no copies
+            return alone() | {"copies": nothing}
 
         def with_copies():
             # The clip first, then its copies: towers side by side would hold memory each, and
@@ -329,7 +373,6 @@ class PACE(ConfinedLora):
             return {name: x[0] for name, x in parts.items()} | {
                 "copies": parts["audio"][1:].swapaxes(0, 1)}
 
-        nothing = jnp.zeros((len(batch["mask"]), count, model.embedding))
         return jax.lax.cond(aux["boundary"]["active"], with_copies,
                             lambda: alone() | {"copies": nothing})
 

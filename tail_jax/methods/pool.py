@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tail_jax.methods.base import Stage
 from tail_jax.methods.tuned import Tuned
+from tail_jax.tuning import pools
 
 SHOWN = 64  # largest pool whose entries' shares are among the metrics
 
@@ -30,9 +31,17 @@ class Pool(Tuned):
 
     group = "pool"
     own_encode = True
+    queries = False  # True: training reads the query of each row
 
     def stages(self, task, sizes):
         return (Stage(duration=f"{self.epochs} epochs" if self.epochs else ""),)
+
+    def kept(self, model, state, task, stage):
+        return {pools.query_name(side): side for side in model.towers} if self.queries else {}
+
+    def feature(self, name, model, trainable, frozen, aux, batch):
+        side = next(side for side in model.towers if pools.query_name(side) == name)
+        return pools.query(side, model, frozen, batch)
 
     def choose(self, side: str, model, trainable, frozen, aux, batch,
                training: bool) -> tuple[dict, dict[str, jax.Array]]:
@@ -67,6 +76,8 @@ class KeyedPool(Pool):
     """
 
     pull_weight: float = 1.0
+
+    queries = True
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)

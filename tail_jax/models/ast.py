@@ -81,8 +81,22 @@ class ASTTower(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, audio, mask=None, tuning=None, deterministic=True):
+    def __call__(self, audio, mask=None, tuning=None, deterministic=True, entering=None):
+        """`entering`, (number, tokens), are the inputs of that block, as of `EATTower`."""
         del mask  # the window is fixed: silence is input, not padding
+        c = self.config
+        start, x = entering or (0, self._tokens(audio, deterministic))
+        block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
+                            self.dtype, c.activation, c.qkv_bias)
+        special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
+        hidden, special, prompts = Stack(block, c.layers, name="encoder")(
+            x, None, tuning, deterministic, special, start)
+        norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
+        return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1),
+                "prompts": norm(prompts)}
+
+    def _tokens(self, audio, deterministic):
+        """What enters the first block."""
         c = self.config
         x = standardise(self, audio, -4.2677393, 4.5689974)
         x = x.transpose(0, 2, 1)[..., None].astype(self.dtype)
@@ -94,12 +108,4 @@ class ASTTower(nn.Module):
                              self.param("dist", small, (c.width,))]).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(special, (x.shape[0],) + special.shape), x], 1)
         x += self.param("position", small, (x.shape[1], c.width)).astype(self.dtype)
-        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
-        block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
-                            self.dtype, c.activation, c.qkv_bias)
-        special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
-        hidden, special, prompts = Stack(block, c.layers, name="encoder")(
-            x, None, tuning, deterministic, special)
-        norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
-        return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1),
-                "prompts": norm(prompts)}
+        return nn.Dropout(c.dropout, deterministic=deterministic)(x)

@@ -33,6 +33,8 @@ AUDIO_TOWERS = {"htsat": (HTSATConfig, HTSATTower), "ast": (ASTConfig, ASTTower)
                 "wav2vec2": (Wav2Vec2Config, Wav2Vec2Tower)}
 # Leaves that are statistics of the training data: no gradient, not counted as parameters.
 BUFFERS = ("running_mean", "running_var", "input_mean", "input_std")
+# Begins the entries of a batch that hold inputs of a block of the audio tower, before its number.
+HIDDEN = "hidden_"
 
 
 HEADS = ("mlp", "residual")
@@ -185,7 +187,8 @@ class DualEncoder:
         return params
 
     def encode_audio(self, params: dict, tuning: dict | None, audio: jax.Array,
-                     mask: jax.Array | None = None, *, key: jax.Array | None = None) -> dict:
+                     mask: jax.Array | None = None, *, key: jax.Array | None = None,
+                     entering: tuple[int, jax.Array] | None = None) -> dict:
         """Audio [B, *input_shape] -> tokens, hidden, pooled, embedding [B, d] (unit rows).
 
         Audio is what the tower takes: log-mels [B, frames, mels] in the unit of its front end, or
@@ -193,9 +196,13 @@ class DualEncoder:
         logits [B, C], too. `prompts` [B, n, d] is what a ViT makes of shallow prompts.
 
         `key` turns dropout on (training); without it the result is a function of each row alone.
+
+        `entering`, (number, tokens [B, S, d]), are the inputs of that block (from 0) of an AST or
+        EAT: the blocks before it are not run, nor is the audio read, and hidden begins with them.
         """
+        more = {} if entering is None else {"entering": entering}
         out = _apply(self._audio_tower(), params["audio"], key, audio, mask,
-                     (tuning or {}).get("audio"))
+                     (tuning or {}).get("audio"), **more)
         return self.project("audio", params, out)
 
     def encode_text(self, params: dict, tuning: dict | None, token_ids: jax.Array,
@@ -207,8 +214,18 @@ class DualEncoder:
 
     def encode(self, side: str, params: dict, tuning: dict | None, batch: Mapping, *,
                key: jax.Array | None = None) -> dict:
-        """`encode_audio` of a batch's audio (and audio_mask), or `encode_text` of its tokens."""
+        """`encode_audio` of a batch's audio (and audio_mask), or `encode_text` of its tokens.
+
+        Where the batch has more of the audio tower, that is where it goes on: `pooled` [B, d], or
+        `hidden_2` [B, S, d], the inputs of block 2 (or of another number).
+        """
         if side == "audio":
+            if "pooled" in batch:
+                return self.project("audio", params, {"pooled": batch["pooled"]})
+            for name in batch:
+                if name.startswith(HIDDEN):
+                    entering = int(name.removeprefix(HIDDEN)), batch[name]
+                    return self.encode_audio(params, tuning, None, key=key, entering=entering)
             return self.encode_audio(params, tuning, batch["audio"], batch.get("audio_mask"),
                                      key=key)
         return self.encode_text(params, tuning, batch["token_ids"], batch["token_mask"], key=key)
@@ -224,9 +241,9 @@ class DualEncoder:
         return out | {"embedding": x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)}
 
 
-def _apply(module, params, key, *args):
+def _apply(module, params, key, *args, **more):
     rngs = None if key is None else {"dropout": key}
-    return module.apply({"params": params}, *args, key is None, rngs=rngs)
+    return module.apply({"params": params}, *args, key is None, rngs=rngs, **more)
 
 
 def _width(tower) -> int:

@@ -93,13 +93,27 @@ class EATTower(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, audio, mask=None, tuning=None, deterministic=True, visible=None):
+    def __call__(self, audio, mask=None, tuning=None, deterministic=True, visible=None,
+                 entering=None):
         """Returns tokens [B, 1 + patches, width] with CLS first, hidden of every layer, and pooled.
 
         `visible`, int [B, k], are the patches that enter the blocks, by their number in frame-major
         order; None is all of them. Each keeps the position of its place, CLS always stays.
+        `entering`, (number, tokens), are the inputs of that block: what comes before is left out.
         """
         del mask  # the window is fixed: silence is input, not padding
+        c = self.config
+        start, x = entering or (0, self._tokens(audio, deterministic, visible))
+        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype)
+        first = jnp.zeros((x.shape[0], 1), int) if c.pool == "cls" else None
+        hidden, first, prompts = Stack(block, c.layers, name="encoder")(
+            x, None, tuning, deterministic, first, start)
+        tokens = hidden[-1]
+        pooled = first[:, 0] if c.pool == "cls" else tokens[:, 1:].mean(1)
+        return {"tokens": tokens, "hidden": hidden, "pooled": pooled, "prompts": prompts}
+
+    def _tokens(self, audio, deterministic, visible):
+        """What enters the first block."""
         c = self.config
         x = standardise(self, audio, -4.268, 4.569)[..., None].astype(self.dtype)
         x = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), "VALID", dtype=self.dtype,
@@ -111,14 +125,7 @@ class EATTower(nn.Module):
         cls = self.param("cls", nn.initializers.normal(0.02), (c.width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], 1)
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
-        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
-        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype)
-        first = jnp.zeros((x.shape[0], 1), int) if c.pool == "cls" else None
-        hidden, first, prompts = Stack(block, c.layers, name="encoder")(
-            x, None, tuning, deterministic, first)
-        tokens = hidden[-1]
-        pooled = first[:, 0] if c.pool == "cls" else tokens[:, 1:].mean(1)
-        return {"tokens": tokens, "hidden": hidden, "pooled": pooled, "prompts": prompts}
+        return nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
 
 def encode_patches(config: EATConfig, params: dict, audio: jax.Array,

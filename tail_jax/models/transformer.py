@@ -254,10 +254,11 @@ class Stack(nn.Module):
     layers: int
 
     @nn.compact
-    def __call__(self, x, mask=None, tuning=None, deterministic=True, chosen=None):
+    def __call__(self, x, mask=None, tuning=None, deterministic=True, chosen=None, start=0):
         """Returns (hidden, chosen tokens, prompts).
 
-        hidden is a list of layers + 1 token arrays: the input and the output of each block. The
+        hidden is a list of layers - start + 1 token arrays: the input of the first block that is
+        run and the output of each. The
         chosen tokens [B, k, d] are the same as in hidden[-1], but computed by themselves: where
         only they are used, the compiler drops the last block's work on all others, 7 % of a
         12-layer text tower. Prompts [B, n, d] are what the last block makes of shallow prompts (n =
@@ -269,8 +270,14 @@ class Stack(nn.Module):
             tuning: see the top of the file.
             deterministic: False applies dropout.
             chosen: int [B, k], tokens that a tower pools; None: hidden[-1] is returned for them.
+            start: number of the block that x enters, those before it are left out.
+
+        Raises:
+            ValueError: for shallow prompts where they would enter in the middle.
         """
         tuning = tuning or {}
+        if start and is_shallow(tuning, self.layers):
+            raise ValueError(f"shallow prompts enter at block 0 and the stack starts at {start}")
         if mask is None:
             mask = jnp.ones(x.shape[:2], bool)
         count = 0
@@ -281,7 +288,8 @@ class Stack(nn.Module):
             mask = jnp.pad(mask, [(0, 0), (count, 0)], constant_values=True)
             tuning = {k: v for k, v in tuning.items() if k != "prompts"}
         hidden, alone, prompted = [x], x, x[:, :0]
-        for i, own in enumerate(layer_tuning(tuning, self.layers, x.ndim)):
+        layers = list(enumerate(layer_tuning(tuning, self.layers, x.ndim)))
+        for i, own in layers[start:]:
             block = Block(self.config, name=f"layer_{i:02d}")
             inputs = hidden[-1], None, mask[:, None, None, :], own, deterministic
             if chosen is not None and i == self.layers - 1:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from tail_jax.training.sharding import put_batch
 
 # What the step reads of a batch; the rest (clip names, say) stays on the host.
-STEP_KEYS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "label", "mask",
-             "teacher_audio", "teacher_text")
+STEP_KEYS = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "label", "mask")
 
 
 class Diverged(RuntimeError):

@@ -1,4 +1,4 @@
-"""The train step: one compiled program for every task of a run."""
+"""The train step: one compiled program for every task of a run, and every set of kept features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class TrainStep:
         function: the jitted step.
         init_optimizer: trainable -> fresh opt_state, placed as the step returns it (an array that
             lies elsewhere would have the step traced and compiled again).
-        traces: how often it was traced; more than once a run is a bug.
+        traces: how often it was traced; more than once a run for each set of entries that batches
+            have (`training/kept.py`) is a bug.
     """
 
     function: Any = None

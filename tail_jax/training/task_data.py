@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from data_pipelines.batches import SplitReader
+from tail_jax.training.kept import NOTHING, Kept
 from tail_jax.training.sharding import by_row, put_batch, replicated
 
 
@@ -25,6 +26,7 @@ class TaskData:
         seed: the same for NumPy.
         batch_size: rows of a training batch.
         mesh: where batches go.
+        kept: what is kept in this stage; `map_audio` has its rows in the batches, too.
     """
 
     model: Any
@@ -34,6 +36,7 @@ class TaskData:
     seed: int
     batch_size: int
     mesh: Any
+    kept: Kept = NOTHING
 
     def batches(self, count: int) -> Iterator[dict]:
         """`count` training batches in an order of their own, on the devices."""
@@ -48,13 +51,17 @@ class TaskData:
         """int32 [clips], the number of each clip's class; of class-incremental streams."""
         return self.reader.labels
 
-    def map_audio(self, function: Callable, state: dict) -> np.ndarray:
+    def map_audio(self, function: Callable, state: dict, out: Any = None) -> Any:
         """function(model, trainable, frozen, aux, batch) [B, ...] of every clip, [clips, ...].
 
-        A clip is seen as training sees it: its middle, where it is longer than the window.
+        A clip is seen as training sees it: its middle, where it is longer than the window. The
+        function may give a tree of such arrays. With `out`, arrays of the result's shapes, values
+        go there batch by batch: they may be more than memory holds.
         """
         batches = self.reader.audio_batches(self.batch_size, training=True)
-        return self._map(function, state, batches, "clip_id", ("audio", "clip_id", "mask"))
+        batches = (batch | self.kept.rows(batch) for batch in batches)
+        keys = ("audio", "clip_id", "mask", *self.kept.arrays)
+        return self._map(function, state, batches, "clip_id", keys, out)
 
     def fold_audio(self, function: Callable, state: dict, merge: Callable) -> Any:
         """merge(... merge(merge(None, part 1), part 2) ..., last part) on the host.
@@ -68,11 +75,11 @@ class TaskData:
             total = merge(total, run(state["trainable"], self.frozen, state["aux"], rows))
         return total
 
-    def map_text(self, function: Callable, state: dict) -> np.ndarray:
+    def map_text(self, function: Callable, state: dict, out: Any = None) -> Any:
         """The same of every caption, [captions, ...]."""
         batches = self.reader.text_batches(self.batch_size)
         return self._map(function, state, batches, "caption_id",
-                         ("token_ids", "token_mask", "mask"))
+                         ("token_ids", "token_mask", "mask"), out)
 
     def map_rows(self, function: Callable, state: dict, audio: np.ndarray) -> np.ndarray:
         """The same of audio [n, frames, mels] from elsewhere, of a memory, say; n > 0."""
@@ -96,21 +103,30 @@ class TaskData:
                     out[i] = batch["audio"][place[int(row)]]
         return out
 
-    def _map(self, function, state, batches, id_key, keys):
-        run = _compiled(function, self.model, self.mesh)
-        ids, values = [], []
+    def _map(self, function, state, batches, id_key, keys, out=None):
+        run, parts = _compiled(function, self.model, self.mesh), []
+
+        def place(ids, rows):
+            for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(rows)):
+                whole[ids] = part
+
         for batch in batches:
             rows = run(state["trainable"], self.frozen, state["aux"],
-                       put_batch({k: batch[k] for k in keys}, self.mesh))
-            ids.append(batch[id_key][batch["mask"]])
-            values.append(np.asarray(rows)[batch["mask"]])
-        values, ids = np.concatenate(values), np.concatenate(ids)
-        out = np.empty_like(values)
-        out[ids] = values
+                       put_batch({k: batch[k] for k in keys if k in batch}, self.mesh))
+            part = (batch[id_key][batch["mask"]],
+                    jax.tree.map(lambda x: np.asarray(x)[batch["mask"]], rows))
+            if out is None:
+                parts.append(part)
+            else:
+                place(*part)
+        if out is None:
+            ids, rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            out = jax.tree.map(np.empty_like, rows)
+            place(ids, rows)
         return out
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _compiled(function, model, mesh):
     """Kept, so that a function (the hook of a method, say) is compiled once for all tasks."""
     return jax.jit(lambda *args: function(model, *args),

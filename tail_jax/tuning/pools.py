@@ -41,9 +41,19 @@ def share(tower, twelfths: int) -> int:
 
 
 def query(side: str, model, frozen: dict, batch: dict) -> jax.Array:
-    """What the frozen tower pools of each row, without prompts: [B, width] float32."""
+    """What the frozen tower pools of each row, without prompts: [B, width] float32.
+
+    Taken from the batch where that has it, as `query_name`.
+    """
+    if query_name(side) in batch:
+        return batch[query_name(side)]
     pooled = model.encode(side, frozen, None, batch)["pooled"]
     return jax.lax.stop_gradient(pooled.astype(jnp.float32))
+
+
+def query_name(side: str) -> str:
+    """The entry of a batch that holds the queries of a tower."""
+    return f"query_{side}"
 
 
 def query_width(tower) -> int:

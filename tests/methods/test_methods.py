@@ -12,7 +12,7 @@ from tail_jax import losses, methods
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
-from tail_jax.training.teacher import cached
+from tail_jax.training.kept import Kept
 from tail_jax.tuning.masks import apply_rules, count, leaf_name
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -242,18 +242,20 @@ def test_teacher_is_a_copy_taken_at_the_start_of_the_task():
     jax.tree.map(np.testing.assert_array_equal, begun["aux"]["teacher"], values)
 
 
-def test_cached_teacher_outputs_give_the_loss_and_gradient_of_the_live_teacher():
+def test_kept_teacher_outputs_give_the_loss_and_gradient_of_the_live_teacher():
     method = build("ptat")
     trainable, aux = second_task(method)
     frozen = method.frozen(params())
-    # Caches of whole sets, in another order than the batch.
+    # Whole sets are kept, in another order than the batch.
     b = batch() | {"clip_id": np.array([3, 1, 4, 0, 2], np.int32),
                    "caption_id": np.array([4, 2, 0, 1, 3], np.int32)}
     order, texts = np.argsort(b["clip_id"]), np.argsort(b["caption_id"])
-    audio = method.embed_audio(MODEL, aux["teacher"], frozen, aux, {"audio": b["audio"][order]})
-    text = method.embed_text(MODEL, aux["teacher"], frozen, aux, {
+    own = MODEL, trainable, frozen, aux
+    audio = method.feature("teacher_audio", *own, {"audio": b["audio"][order]})
+    text = method.feature("teacher_text", *own, {
         "token_ids": b["token_ids"][texts], "token_mask": b["token_mask"][texts]})
-    [kept] = cached(iter([b]), np.asarray(audio), np.asarray(text))
+    kept = b | Kept({"teacher_audio": ("audio", np.asarray(audio)),
+                     "teacher_text": ("text", np.asarray(text))}).rows(b)
 
     @jax.jit
     def run(trainable, batch):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tail_jax.models.dual_encoder import BUFFERS
+from tail_jax.models.ast import ASTConfig
+from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
 from tail_jax.models.eat import EATConfig, EATTower, encode_patches, sincos_positions
 from tail_jax.models.transformer import BlockConfig, Stack
 from tail_jax.tuning.masks import count
@@ -162,6 +163,29 @@ def test_all_patches_visible_is_the_tower_and_their_order_is_that_of_the_tokens(
     turned = encode(CONFIG, params, audio, np.tile(order, (3, 1)))
     np.testing.assert_allclose(turned["tokens"], whole["tokens"][:, np.r_[0, 1 + order]], atol=1e-5)
     np.testing.assert_allclose(apply(CONFIG, params, audio)["tokens"], whole["tokens"], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    CONFIG, dataclasses.replace(CONFIG, pool="mean"),
+    ASTConfig(frames=12, mels=8, patch=4, stride=4, width=12, layers=3, heads=3, hidden=20)])
+def test_a_tower_goes_on_from_the_inputs_of_any_block(config):
+    model = DualEncoder(config, None, classes=4)
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + random.normal(0, 0.2, x.shape).astype(np.float32), params)
+    tuning = {"audio": {"prompts": random.normal(size=(3, 2, 12)).astype(np.float32)}}  # deep
+    run = jax.jit(lambda batch: model.encode("audio", params, tuning, batch))
+    whole = run({"audio": random_audio(config)})
+    for block in range(3):
+        part = run({f"hidden_{block}": whole["hidden"][block]})
+        assert len(part["hidden"]) == 4 - block
+        for name in ("tokens", "pooled", "embedding", "logits"):
+            np.testing.assert_allclose(part[name], whole[name], atol=1e-5)
+    part = run({"pooled": whole["pooled"]})
+    np.testing.assert_allclose(part["logits"], whole["logits"], atol=1e-5)
+    shallow = {"audio": {"prompts": tuning["audio"]["prompts"][:1]}}
+    with pytest.raises(ValueError, match="enter at block 0 and the stack starts at 2"):
+        model.encode("audio", params, shallow, {"hidden_2": whole["hidden"][2]})
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,12 +1,13 @@
 """A few steps of PACE with an active boundary; a program of test_pace_devices.py.
 
-    python -m tests.training.pace_steps '[[[2, 2], 1], [[4, 1], 2]]'     mesh, accumulation
+    python -m tests.training.pace_steps '[[[2, 2], 1], [[4, 1], 2, true]]'
 
-prints one JSON object a case.
+prints one JSON object a case: a mesh, parts of a batch, and whether features are kept.
 """
 
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from tail_jax.methods.pace import PACE
 from tail_jax.training import sharding
 from tail_jax.training.checkpoints import flatten
+from tail_jax.training.kept import Kept, Limits, keep
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
 from tail_jax.training.step import cast_frozen, make_train_step
 from tail_jax.training.task_data import TaskData
@@ -23,7 +25,7 @@ from tests.methods import test_pace as tiny
 ROWS, STEPS = 8, 3
 
 
-def run(shape, accumulation):
+def run(shape, accumulation, keeps=False):
     """Metrics of the last step, and the tree after it."""
     method = PACE(**tiny.SETTINGS | {"reg_on_fsa": True, "tune_from": 2})
     mesh = sharding.make_mesh(*shape)
@@ -39,7 +41,12 @@ def run(shape, accumulation):
     optimizer = make_optimizer(OptimizerConfig(kind="sgd", warmup=0.0), method, trainable)
     step = make_train_step(tiny.MODEL, method, optimizer, mesh, trainable, frozen, accumulation)
     opt_state = step.init_optimizer(trainable)
-    batch = sharding.put_batch(next(tiny.Reader(0).audio_batches(ROWS)), mesh)
+    batch, kept = next(data.reader.audio_batches(ROWS)), Kept({})
+    if keeps:
+        data.reader.split = types.SimpleNamespace(clips=[*data.labels], captions=[])
+        kept = keep(method, state, 0, 1, data, Limits(10**9, 0))
+        assert [*kept.arrays] == ["hidden_1", "copies_1"]
+    batch = sharding.put_batch(batch | kept.rows(batch), mesh)
     for number in range(STEPS):
         trainable, opt_state, metrics = step(
             trainable, opt_state, frozen, aux, mask, batch, jax.random.key(7),

@@ -49,7 +49,7 @@ def setup(method, mesh, accumulation=1, prompts=2, dtype="float32"):
     here = sharding.replicated(mesh)
     state = {"trainable": sharding.place(state["trainable"], mesh),
              "aux": sharding.put_tree(state["aux"], jax.tree.map(lambda _: here, state["aux"]))}
-    if method.has_teacher:
+    if "teacher" in state["aux"]:
         state["aux"]["distil"] = jax.device_put(jnp.ones(()), here)
     frozen = sharding.place(cast_frozen(method.frozen(params), model.dtype), mesh)
     # Epsilon 1 makes Adam's first updates smooth in the gradient: rounding stays rounding.

@@ -95,6 +95,7 @@ def test_every_row_is_compared_with_the_whole_batch(eight):
     ({"train.batch_size": 0}, "train.batch_size is 0; expected 1 or more"),
     ({"train.accumulation": 0}, "train.accumulation is 0"),
     ({"train.log_every": 0}, "train.log_every is 0"),
+    ({"train.keep_disk_bytes": -1}, "train.keep_disk_bytes is -1; expected 0 or more"),
     ({"eval.batch_size": 0}, "eval.batch_size is 0"),
     ({"eval.split": "tset"}, "eval.split is 'tset'; expected one of train, valid, test"),
     ({"mesh.data": 3}, "mesh is 3 x 1 but there are 1 devices"),
@@ -186,5 +187,5 @@ def test_ptat_computes_no_gradient_of_the_backbone(tiny_config):
              for method in ("ptat", "sequential")}
     # With F one forward pass, training everything is 3 F and training inputs of layers 2 F.
     assert flops["ptat"] < 0.8 * flops["sequential"]
-    live = tiny_config("ptat", **fields, **{"train.cache_teacher": False})
+    live = tiny_config("ptat", **fields, **{"train.keep_features": False})
     assert describe.describe(live)["flops_per_step"] > 1.2 * flops["ptat"]

@@ -142,8 +142,8 @@ def test_optimizer_state_is_fresh_at_each_task(runs, method):
         assert any(x.any() for x in calls[1]["moments"])
 
 
-def test_cached_teacher_trains_as_the_live_one(runs, tiny_config, tmp_path):
-    config = tiny_config("ptat", **{"train.cache_teacher": False})
+def test_kept_teacher_trains_as_the_live_one(runs, tiny_config, tmp_path):
+    config = tiny_config("ptat", **{"train.keep_features": False})
     train(config, tmp_path)
     for row in (1, 2, 3):
         name = f"tuning/task_{row}.safetensors"
@@ -187,7 +187,7 @@ def test_augmented_input_makes_every_task_use_the_live_teacher(tiny_config, tmp_
     # Random crops matter in tasks with long clips only; the step must not be traced for both kinds.
     monkeypatch.setattr(SplitReader, "fixed_inputs",
                         property(lambda self: self.split.corpus == "low"))
-    monkeypatch.setattr(train_module.teacher, "cached", lambda *a: pytest.fail("kept a teacher"))
+    monkeypatch.setattr(train_module, "keep", lambda *a: pytest.fail("kept a teacher"))
     results = train(tiny_config("ptat", tasks=2, **{"train.duration": "2 steps"}), tmp_path)
     assert results["trace_count"] == 1
 
