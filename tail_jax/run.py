@@ -318,7 +318,8 @@ def _pretrained(config: dict, pretrain: Callable | None) -> Backbone:
         "data": config["data"] | {"crop": "center", "spec_augment": None}}
     inner["stream"] = inner["stream"] | {"limit": 0}
     digest = backbones.content_hash(
-        {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval")},
+        {k: v for k, v in inner.items() if k not in ("data", "mesh", "eval", "train")},
+        {k: inner["train"][k] for k in ("duration", "batch_size", "accumulation")},
         {k: inner["data"][k] for k in ("log_mel", "window_seconds", "max_tokens")},
         settings.corpus_hash(build_stream(settings.stream_spec(inner))))
     folder = pathlib.Path(config["data"]["cache_dir"]) / "backbones" / digest
