@@ -71,7 +71,8 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     checkpoints = Checkpoints(workdir / "checkpoints")
     progress = {
         "number": 0, "task": 0, "stage": 0, "step": 0, "global_step": 0, "rows": {},
-        "train_seconds": {}, "step_seconds": {}, "state_bytes": {}, "evaluation_seconds": 0.0,
+        "train_seconds": {}, "hook_seconds": {}, "step_seconds": {}, "state_bytes": {},
+        "evaluation_seconds": 0.0,
         "total_seconds": 0.0,
     } | (checkpoints.progress() or {})
     if progress["number"]:
@@ -86,6 +87,13 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         progress.update(changes, number=progress["number"] + 1, total_seconds=total_seconds())
         checkpoints.save(progress["number"], pack(state, opt_state), progress)
 
+    def timed(task: Task, function: Callable, *args) -> Any:
+        """What the function gives; its seconds are those of the task's hooks."""
+        start, spent = time.monotonic(), progress["hook_seconds"]
+        result = function(*args)
+        spent[task.name] = spent.get(task.name, 0.0) + time.monotonic() - start
+        return result
+
     with watch_signals() as stop:
         # --- Before the first task: the pretrained model alone ---------------------------------
         if not progress["rows"]:
@@ -96,21 +104,22 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         for number in range(progress["task"], len(plan)):
             task, data = plan[number], functools.partial(plan[number].data, run, number)
             if not progress["stage"] and not progress["step"]:
-                state = run.begin_task(state, number, data(0))
+                state = timed(task, run.begin_task, state, number, data(0))
             for stage in range(progress["stage"], len(task.stages)):
                 if not progress["step"]:
-                    state = run.begin_stage(state, number, stage, data(2 + 2 * stage))
+                    state = timed(task, run.begin_stage, state, number, stage, data(2 + 2 * stage))
                     opt_state = step.init_optimizer(state["trainable"])
-                kept = keep_features(run, task, number, stage, state, data(2 + 2 * stage))
+                kept = timed(task, keep_features, run, task, number, stage, state,
+                             data(2 + 2 * stage))
                 state, opt_state = train_stage(
                     run, task, number + stage * len(plan), stage, state, opt_state, step, kept,
                     progress, metrics.write, save, stop)
                 del kept  # its file ends with it
-                state = run.end_stage(state, number, stage, data(3 + 2 * stage))
+                state = timed(task, run.end_stage, state, number, stage, data(3 + 2 * stage))
                 progress["step"] = 0
                 if stage + 1 < len(task.stages):
                     save(state, opt_state, stage=stage + 1)
-            state = run.end_task(state, number, data(1))
+            state = timed(task, run.end_task, state, number, data(1))
             progress["state_bytes"][task.name] = tree_bytes(state)
             measure(run, progress, task.row, state)
             if run.method.trains:
@@ -305,7 +314,8 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         "memory_bytes": tree_bytes(state.get("memory")),
         "memory_pairs": int(np.sum(state["memory"]["mask"])) if "memory" in state else 0,
         "matrices": matrices, "summary": summaries,
-        "wall_seconds": {"train": progress["train_seconds"], "step": progress["step_seconds"],
+        "wall_seconds": {"train": progress["train_seconds"], "hooks": progress["hook_seconds"],
+                         "step": progress["step_seconds"],
                          "evaluate": progress["evaluation_seconds"]},
         "peak_memory_bytes": stats.get(
             "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),

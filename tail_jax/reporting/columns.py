@@ -71,9 +71,11 @@ def _minutes(results: Results) -> float | None:
 
 
 def _training_minutes(results: Results) -> float | None:
-    """Sum over tasks of the entry "train" of wall_seconds; None where a run did not record it."""
-    seconds = (results.get("wall_seconds") or {}).get("train")
-    return None if seconds is None else math.fsum(seconds.values()) / 60
+    """Minutes of all tasks' steps and hooks; None where a run did not record its steps."""
+    seconds = results.get("wall_seconds") or {}
+    if "train" not in seconds:
+        return None
+    return math.fsum([*seconds["train"].values(), *seconds.get("hooks", {}).values()]) / 60
 
 
 def _gibibytes(results: Results) -> float | None:
@@ -147,9 +149,9 @@ _COSTS = (
     Column("state MiB", _state, 2, interval=False, optional=True),
 )
 _COSTS_LEGEND = f"""\
-- **time, memory / {REFERENCE}**: ratio seed by seed of the seconds in training steps (compilation
-  and teachers included) and of the peak memory of the run. They mean something where runs had the
-  machine for themselves.
+- **time, memory / {REFERENCE}**: ratio seed by seed of the seconds of training (compilation, and
+  what a method computes of a task's data before and after its steps, included) and of the peak
+  memory of the run. They mean something where runs had the machine for themselves.
 - **data kept**: of earlier tasks; **state**: all that a method carries on after the last task, its
   trainable tree, teachers and kept data, without the backbone.
 - **±**: half the width of the 95 % t-interval over seeds; absent for a single seed.

@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 
 from data_pipelines.batches import SplitReader
+from data_pipelines.streams import build_stream
+from tail_jax import cli, settings
 from tail_jax import train as train_module
 from tail_jax.evaluate import evaluate
 from tail_jax.methods.ptat import Prompts
-from tail_jax.run import Run, open_run
+from tail_jax.run import Run, open_run, prepare_backbone
 from tail_jax.training.checkpoints import tree_hash
 from tail_jax.training.step import TrainStep
 from tail_jax.train import train
+from tests.commands import tiny_benchmark
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 METHODS = ("ptat", "prompts", "sequential", "joint", "frozen")
@@ -76,6 +79,8 @@ def test_results_have_every_field_and_matrices_a_row_before_the_first_task(runs,
     assert results["schema"] == 1 and results["method"] == method
     assert results["tasks"] == ["low", "high", "noisy"]
     assert {"name", "sha256", "parameters"} <= results["backbone"].keys()
+    assert {"train", "hooks", "step", "evaluate", "total"} == results["wall_seconds"].keys()
+    assert sum(results["wall_seconds"]["hooks"].values()) < results["wall_seconds"]["total"]
     assert results["summary"].keys() == results["matrices"].keys()
     assert results["total_parameters"] == results["backbone"]["parameters"]
     assert results["trainable_parameters"] == {
@@ -207,3 +212,21 @@ def test_opened_run_shares_no_memory_between_trainable_teacher_and_backbone(tiny
     trees = state["trainable"]["heads"], state["aux"]["teacher"]["heads"], run.frozen["heads"]
     pointers = [{x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)} for tree in trees]
     assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2])
+
+
+def test_a_pretrained_backbone_is_found_again_unless_what_makes_it_changes(tiny_root, tmp_path):
+    def folder(**changes):
+        config = cli.plain(tiny_benchmark.get_config(f"root={tiny_root}"))
+        config["backbone"]["pretrain"]["train"] |= changes
+        made = []
+
+        def pretrain(inner, where):
+            made.append(where)
+            raise KeyboardInterrupt  # far enough
+
+        with pytest.raises(KeyboardInterrupt):
+            prepare_backbone(config, build_stream(settings.stream_spec(config)), tmp_path, pretrain)
+        return made[0]
+
+    assert folder() == folder(log_every=3, save_seconds=9.0, keep_features=False)
+    assert len({folder(), folder(duration="9 steps"), folder(batch_size=16)}) == 3
