@@ -18,11 +18,24 @@ class GammaChoice(NamedTuple):
         gamma: that of the least error; of equal ones the smallest.
         gammas: [k] that were tried.
         errors: [k] mean square error over rows and classes that occur.
+        deviations: [k] standard errors of these means over rows.
     """
 
     gamma: float
     gammas: np.ndarray
     errors: np.ndarray
+    deviations: np.ndarray
+
+    @property
+    def one_se(self) -> float:
+        """The largest gamma whose error is within a standard error of the least.
+
+        The one-standard-error rule (Breiman, Friedman, Olshen and Stone 1984): where the rows
+        cannot tell gammas apart, the stronger one.
+        """
+        best = np.argmin(self.errors)
+        near = self.errors <= self.errors[best] + self.deviations[best]
+        return float(self.gammas[near].max())
 
 
 def leave_one_out(features: np.ndarray, labels: np.ndarray, *, seed: int = 0,
@@ -49,13 +62,13 @@ def leave_one_out(features: np.ndarray, labels: np.ndarray, *, seed: int = 0,
         features, labels = features[rows], labels[rows]
     z, (_, y) = np.asarray(features, np.float64), one_hot(labels)
     values, vectors = _eigh(z @ z.T)
-    rotated, squares = vectors.T @ y, vectors**2
+    rotated, weights = vectors.T @ y, vectors**2
 
-    def error(gamma):
+    def squares_of(gamma):
         left_out = vectors @ (rotated / (values + gamma)[:, None])
-        return np.mean((left_out / (squares @ (1 / (values + gamma)))[:, None]) ** 2)
+        return (left_out / (weights @ (1 / (values + gamma)))[:, None]) ** 2
 
-    return _best(gammas, error)
+    return _best(gammas, squares_of)
 
 
 def held_out(features: np.ndarray, labels: np.ndarray, *, seed: int = 0, share: float = 0.2,
@@ -85,10 +98,10 @@ def held_out(features: np.ndarray, labels: np.ndarray, *, seed: int = 0, share: 
     kept = values > 0  # what the others would multiply is zero but for rounding
     values, rotated, tested = values[kept], rotated[kept], tested[:, kept]
 
-    def error(gamma):
-        return np.mean((tested @ (rotated / (values + gamma)[:, None]) - y[rest]) ** 2)
+    def squares_of(gamma):
+        return (tested @ (rotated / (values + gamma)[:, None]) - y[rest]) ** 2
 
-    return _best(gammas, error)
+    return _best(gammas, squares_of)
 
 
 def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,9 +111,11 @@ def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(values > rounding, values, 0.0), vectors
 
 
-def _best(gammas, error) -> GammaChoice:
-    errors = np.array([error(gamma) for gamma in gammas])
-    return GammaChoice(float(gammas[np.argmin(errors)]), np.asarray(gammas), errors)
+def _best(gammas, squares_of) -> GammaChoice:
+    """Of the squared errors [n, C] that a gamma gives."""
+    rows = np.array([squares_of(gamma).mean(1) for gamma in gammas])  # [k, n]
+    errors, deviations = rows.mean(1), rows.std(1) / rows.shape[1] ** 0.5
+    return GammaChoice(float(gammas[np.argmin(errors)]), np.asarray(gammas), errors, deviations)
 
 
 def _check_rows(labels, least: int, what: str) -> None:

@@ -84,6 +84,7 @@ class PACE(ConfinedLora):
         recursion: whether it is kept by recursion (paper) or by sums; for sessions of a thousand
             clips sums are faster.
         gamma: of the ridge; 0 chooses it by leave-one-out on session 1 (ours).
+        one_se: that choice takes the largest gamma within a standard error of the best (ours).
     """
 
     learning_rate: float = 0.05
@@ -112,6 +113,7 @@ class PACE(ConfinedLora):
     features: int = 8192
     recursion: bool = True
     gamma: float = 0.0
+    one_se: bool = True
 
     refreshes = True
     decision = ridge_head.DECISION
@@ -232,7 +234,7 @@ class PACE(ConfinedLora):
         z = data.map_audio(self.pooled, state)
         own = ("clips", "similarity")
         head = {name: np.asarray(x) for name, x in statistics.items() if name not in own}
-        head = ridge_head.learn(head, z, data.labels, data.seed, self.gamma)
+        head = ridge_head.learn(head, z, data.labels, data.seed, self.gamma, one_se=self.one_se)
         clips = np.asarray(statistics["clips"] + len(z), np.int64)
         return state | {"statistics": statistics | head | {"clips": clips}}
 

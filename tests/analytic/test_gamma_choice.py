@@ -33,6 +33,8 @@ def test_leave_one_out_equals_fitting_again_without_each_row(width, relative):
     expected = np.mean(np.square(again))
     assert abs(found.errors[0] - expected) <= 1e-10 * max(expected, 1)
     assert found.gamma == gamma
+    scatter = np.square(again).mean(1).std() / len(z) ** 0.5
+    assert found.deviations[0] == pytest.approx(scatter, rel=1e-8)
 
 
 def test_leave_one_out_takes_the_power_of_ten_with_the_least_error():
@@ -44,6 +46,13 @@ def test_leave_one_out_takes_the_power_of_ten_with_the_least_error():
     # Far too strong a ridge predicts zero, whose mean square error is 1 / (classes that occur).
     huge = analytic.leave_one_out(Z, Y, gammas=np.array([1e30]))
     assert huge.errors[0] == pytest.approx(1 / len(np.unique(Y)))
+
+
+def test_one_standard_error_rule_takes_the_strongest_that_rows_cannot_tell_from_the_best():
+    """Least error 2 at gamma 1, with standard error 0.5: 2.4 is within it, 2.6 is not."""
+    choice = analytic.GammaChoice(1.0, np.array([0.1, 1.0, 10.0, 100.0]),
+                                  np.array([2.1, 2.0, 2.4, 2.6]), np.array([9.0, 0.5, 9.0, 9.0]))
+    assert choice.one_se == 10.0 and choice._replace(deviations=np.zeros(4)).one_se == 1.0
 
 
 def test_leave_one_out_of_many_rows_takes_some_of_them_by_the_seed():
