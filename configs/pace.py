@@ -68,6 +68,8 @@ def get_config(arg=None) -> ConfigDict:
                                     FILTERBANK, window_seconds=5.12, max_tokens=24, classes=True)
         config.backbone.kind = "checkpoint"
         corpus, sessions, config.train.duration = PUBLISHED[args["stream"]]
+        if sessions > 100:  # PACE's files, with its merged update and classifier, have 120 MB each
+            config.train.tuning_files = "last"
     config.stream = ConfigDict({
         "kind": "classes", "corpus": corpus, "sessions": sessions, "order_seed": args["seed"],
         "name": args["folder"] or args["stream"], "folder": args["folder"],

@@ -55,6 +55,9 @@ def check(config: dict, devices: int) -> None:
                              f"{accumulated} cannot share equally; expected a multiple of {parts}")
     OptimizerConfig(**config["optimizer"])
     parse_duration(train["duration"], 1, 1)
+    if train.get("tuning_files", "all") not in ("all", "last"):
+        raise ValueError(f"train.tuning_files is {train['tuning_files']!r}; expected 'all', one for "
+                         "each task, or 'last'")
     if evaluation["split"] not in SPLIT_NAMES:
         raise ValueError(f"eval.split is {evaluation['split']!r}; expected one of "
                          f"{', '.join(SPLIT_NAMES)}")

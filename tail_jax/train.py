@@ -262,15 +262,19 @@ def measure(run: Run, progress: dict, row: int, state: State) -> None:
 
 
 def save_tuning(run: Run, task: Task, tree: dict) -> None:
-    """Writes what was learned so far, with the backbone it belongs to."""
+    """Writes what was learned so far, with the backbone it belongs to; earlier files go where the
+    last is wanted alone."""
     method = run.config["method"]
     if "tasks" in method:  # as many as the stream had
         method = method | {"tasks": run.method.tasks}
     header = {"kind": "tuning", "method": method, "task": task.name,
               "backbone": run.backbone.name, "backbone_sha256": run.backbone.sha256,
               "model": run.model.to_dict()}
-    save_tree(run.workdir / "tuning" / f"task_{task.row}.safetensors", jax.device_get(tree),
-              header)
+    folder = run.workdir / "tuning"
+    save_tree(folder / f"task_{task.row}.safetensors", jax.device_get(tree), header)
+    if run.config["train"]["tuning_files"] == "last":
+        for row in range(1, task.row):
+            (folder / f"task_{row}.safetensors").unlink(missing_ok=True)
 
 
 def pack(state: State, opt_state: Any) -> dict:

@@ -202,3 +202,12 @@ def test_methods_for_the_other_kind_of_stream_are_refused_by_name(config, tiny_c
         train(config("ptat"), tmp_path / "a")
     with pytest.raises(ValueError, match="'lwf' is not for audio-text streams.*ptat"):
         train(tiny_config("lwf"), tmp_path / "b")
+
+
+def test_only_the_last_tuning_file_may_be_kept(config, tmp_path):
+    results = train(config("l2p", sessions=2, **{
+        "train.tuning_files": "last", "train.duration": "2 steps"}), tmp_path)
+    assert [path.name for path in (tmp_path / "tuning").iterdir()] == ["task_2.safetensors"]
+    assert evaluate(tmp_path)["row"]["accuracy/seen"] == results["matrices"]["accuracy/seen"][2]
+    with pytest.raises(ValueError, match="train.tuning_files is 'first'; expected 'all'"):
+        train(config("l2p", **{"train.tuning_files": "first"}), tmp_path / "other")
