@@ -15,6 +15,7 @@ import importlib.metadata
 import pathlib
 import platform
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -139,6 +140,7 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     results["trace_count"] = step.traces
     results["wall_seconds"]["total"] = total_seconds()
     write_json_atomic(workdir / "results.json", results)
+    shutil.rmtree(workdir / "checkpoints")  # nothing is left to resume, and some are large
     return read_results(workdir)
 
 

@@ -208,6 +208,7 @@ def test_only_the_last_tuning_file_may_be_kept(config, tmp_path):
     results = train(config("l2p", sessions=2, **{
         "train.tuning_files": "last", "train.duration": "2 steps"}), tmp_path)
     assert [path.name for path in (tmp_path / "tuning").iterdir()] == ["task_2.safetensors"]
+    assert not (tmp_path / "checkpoints").exists()
     assert evaluate(tmp_path)["row"]["accuracy/seen"] == results["matrices"]["accuracy/seen"][2]
     with pytest.raises(ValueError, match="train.tuning_files is 'first'; expected 'all'"):
         train(config("l2p", **{"train.tuning_files": "first"}), tmp_path / "other")
