@@ -32,6 +32,9 @@ DECISION = ("projection", "weights", "counts")
 # with the sessions, by the 315 of the longest stream to 3e-8 of it, where float64 recursion still
 # has six digits; below, rounding would make it indefinite in the middle of a stream (ours).
 LEAST_RELATIVE_GAMMA = 1e-5
+# The same of what a chooser gives, which is solved with once: below, float64 has no Cholesky factor
+# of some Gram matrices (ours; at 4e-13 that of 60 speakers and digits failed).
+LEAST_SOLVABLE_GAMMA = 1e-11
 
 
 def empty(classes: int, width: int, features: int, recursion: bool) -> Statistics:
@@ -55,7 +58,8 @@ def learn(head: Statistics, z: np.ndarray, labels: np.ndarray, seed: int, gamma:
         gamma: 0 chooses it on the first session.
         kind: of `analytic.projection`.
         chooser: (random features, labels) of the session -> gamma, or None to keep the last; in
-            every session, where G and Q are kept (RanPAC).
+            every session, where G and Q are kept (RanPAC). It is raised where G is too large for
+            it.
         one_se: False takes the gamma of the least error.
     """
     first = not head["counts"].any()
@@ -75,7 +79,10 @@ def learn(head: Statistics, z: np.ndarray, labels: np.ndarray, seed: int, gamma:
         return head | analytic.recurse(own, rows, labels, donate=True)
     del own["weights"]  # solved anew
     own = analytic.accumulate(own, rows, labels, donate=True)
-    return head | own | {"weights": analytic.solve_ridge(own, float(head["gamma"]))}
+    gamma = float(head["gamma"])
+    if chooser is not None:
+        gamma = max(gamma, LEAST_SOLVABLE_GAMMA * np.trace(own["gram"]) / len(own["gram"]))
+    return head | own | {"weights": analytic.solve_ridge(own, gamma)}
 
 
 def choose_gamma(rows: np.ndarray, labels: np.ndarray, seed: int, one_se: bool) -> float:

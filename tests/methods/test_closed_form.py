@@ -12,7 +12,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from tail_jax import analytic
 from tail_jax.evaluate import evaluate
-from tail_jax.methods import closed_form
+from tail_jax.methods import closed_form, ridge_head
 from tail_jax.run import open_run, read
 from tail_jax.training.checkpoints import load_tree, tree_hash
 from tail_jax.train import train
@@ -142,3 +142,20 @@ class _Model:
     """What the statistics ask of a model."""
 
     classes, embedding = 6, 8
+
+
+def test_a_chosen_gamma_that_float64_cannot_solve_with_is_raised():
+    """Features of size 1e3: 1e-8 would be 1e-16 of the mean diagonal of G, less than rounding."""
+    random = np.random.default_rng(0)
+    head, labels = ridge_head.empty(3, 5, 60, recursion=False), np.arange(21) % 3
+    z = 1e3 * random.standard_normal((21, 5))
+    for _ in range(3):
+        head = ridge_head.learn(head, z, labels, 0, chooser=lambda rows, own: 1e-8)
+    assert float(head["gamma"]) == 1e-8
+    rows = analytic.random_features(z, head["projection"])
+    level = 3 * np.square(rows).sum() / 60
+    joint = Ridge(alpha=1e-11 * level, fit_intercept=False).fit(np.tile(rows, (3, 1)),
+                                                              np.eye(3)[np.tile(labels, 3)])
+    np.testing.assert_allclose(rows @ head["weights"], joint.predict(rows), atol=1e-4)
+    with pytest.raises(ValueError, match="too little for float64"):
+        ridge_head.learn(head, z, labels, 0)  # no chooser: the gamma is somebody's wish
