@@ -20,7 +20,7 @@ from tail_jax.training.kept import Kept, Limits, keep
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
 from tail_jax.training.step import cast_frozen, make_train_step
 from tail_jax.training.task_data import TaskData
-from tests.methods import test_pace as tiny
+from tests.methods import tiny_pace as tiny
 
 ROWS, STEPS = 8, 3
 

@@ -20,6 +20,7 @@ from tail_jax.run import open_run
 from tail_jax.training.checkpoints import load_tree, tree_hash
 from tail_jax.train import train
 from tests import tiny_classes
+from tests.training.stopping import stopped_after
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -112,24 +113,10 @@ def test_a_stage_moves_what_its_mask_lets_and_starts_a_fresh_optimizer(config, s
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4])  # in the first stage, at its end, in the second
-def test_run_killed_in_a_stage_ends_in_the_same_bits(config, staged, tmp_path, monkeypatch,
-                                                     stop_at):
+def test_run_killed_in_a_stage_ends_in_the_same_bits(config, staged, tmp_path, stop_at):
     expected = train(config("staged", sessions=2), tmp_path / "whole")
-    done = []
-    original = train_module.TaskLoop.run
-
-    def counted(loop, title, batches, *args):
-        def seen():
-            for batch in batches:
-                done.append(1)
-                yield batch
-        loop.stop = lambda: len(done) >= stop_at
-        return original(loop, title, seen(), *args)
-
-    monkeypatch.setattr(train_module.TaskLoop, "run", counted)
-    with pytest.raises(SystemExit):
+    with stopped_after(stop_at):
         train(config("staged", sessions=2), tmp_path / "killed")
-    monkeypatch.setattr(train_module.TaskLoop, "run", original)
     results = train(config("staged", sessions=2), tmp_path / "killed")
     assert results["matrices"] == expected["matrices"]
     for task in (1, 2):

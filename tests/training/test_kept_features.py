@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tail_jax import train as train_module
+from tail_jax.methods import pace as pace_module
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training import kept as kept_module
 from tail_jax.training.checkpoints import load_tree, tree_hash
 from tail_jax.training.kept import Kept, Limits, keep
 from tail_jax.training.step import TrainStep
+from tail_jax.training.task_data import TaskData
 from tail_jax.train import train
-from tests.methods import test_pace as tiny
+from tests.methods import tiny_pace as tiny
+from tests.training.stopping import stopped_after
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -156,26 +158,13 @@ def maps():
 
 
 @pytest.mark.parametrize("stop_at", [9, 14])
-def test_run_killed_in_a_stage_keeps_the_same_again(runs, tiny_classes_config, tmp_path,
-                                                    monkeypatch, stop_at):
+def test_run_killed_in_a_stage_keeps_the_same_again(runs, tiny_classes_config, tmp_path, stop_at):
     # In the adaptation of the first session, and of the second: four steps, as the probe's; two of
     # the head.
     reference, expected, calls = runs("pace", 3, **PACE | DISK)
     config = tiny_classes_config("pace", 3, **PACE | DISK)
-    done, original = [], train_module.TaskLoop.run
-
-    def counted(loop, title, batches, *args):
-        def seen():
-            for batch in batches:
-                done.append(1)
-                yield batch
-        loop.stop = lambda: len(done) >= stop_at
-        return original(loop, title, seen(), *args)
-
-    monkeypatch.setattr(train_module.TaskLoop, "run", counted)
-    with entries() as first, pytest.raises(SystemExit):
+    with entries() as first, stopped_after(stop_at):
         train(config, tmp_path / "run")
-    monkeypatch.setattr(train_module.TaskLoop, "run", original)
     with entries() as second:
         results = train(config, tmp_path / "run")
     assert first + second == calls and len(first) == stop_at
@@ -190,7 +179,7 @@ def test_run_killed_in_a_stage_keeps_the_same_again(runs, tiny_classes_config, t
 
 @functools.cache
 def pace(**settings):
-    return tiny.PACE(**tiny.SETTINGS | {"reg_on_fsa": True, "tune_from": 3} | settings)
+    return pace_module.PACE(**tiny.SETTINGS | {"reg_on_fsa": True, "tune_from": 3} | settings)
 
 
 def data_of(frozen, model=tiny.MODEL):
@@ -320,7 +309,7 @@ def test_boundary_is_encoded_anew_from_what_is_kept():
     kept = keep(method, state, 0, 1, data, Limits(10**9, 0))
     state = state | {"trainable": trainable}
     live = method.begin_epoch(state, data)["aux"]["boundary"]
-    data = tiny.TaskData(*(getattr(data, name) for name in (
+    data = TaskData(*(getattr(data, name) for name in (
         "model", "frozen", "reader", "key", "seed", "batch_size", "mesh")), kept)
     again = method.begin_epoch(state, data)["aux"]["boundary"]
     for name in ("features", "means"):
