@@ -255,9 +255,8 @@ class Method:
                                               aux["classes"][self.loss_classes], batch["mask"])
             return loss, {"classification": loss}
         params, _ = self.resolve(model, trainable, frozen)
-        s = losses.similarity(outputs["audio"], outputs["text"], params["logit_scale"])
-        g = losses.positives(batch["clip_id"], batch["caption_key"], batch["mask"])
-        loss = losses.retrieval_loss(s, g, batch["mask"])
+        loss = losses.retrieval_loss(outputs["audio"], outputs["text"], params["logit_scale"],
+                                     batch)
         return loss, {"retrieval": loss}
 
     # --- classification ------------------------------------------------------------------------

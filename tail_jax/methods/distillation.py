@@ -100,12 +100,10 @@ class Distilled(Taught):
         scale_old = self.resolve(model, aux["teacher"], frozen)[0]["logit_scale"]
         mask = batch["mask"]
         if self.similarity_form == "matrix_kl":
-            sim = losses.similarity_distillation(
-                losses.similarity(a, t, scale), losses.similarity(a_old, t_old, scale_old), mask,
-                self.similarity_temperature)
+            sim = losses.similarity_distillation((a, t, scale), (a_old, t_old, scale_old), mask,
+                                                 self.similarity_temperature)
         else:
-            g = losses.positives(batch["clip_id"], batch["caption_key"], mask)
-            sim = sum(losses.retrieval_loss(losses.similarity(x, y, scale), g, mask)
+            sim = sum(losses.retrieval_loss(x, y, scale, batch)
                       for x, y in ((a, t_old), (a_old, t))) / 2
         feature = sum(
             losses.feature_distillation(z, z_old, mask, self.feature_temperature,

@@ -94,9 +94,8 @@ class LwFSimilarity(Taught, Sequential):
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
-        new = losses.similarity(outputs["audio"], outputs["text"], trainable["logit_scale"])
-        old = losses.similarity(outputs["teacher_audio"], outputs["teacher_text"],
-                                aux["teacher"]["logit_scale"])
+        new = outputs["audio"], outputs["text"], trainable["logit_scale"]
+        old = outputs["teacher_audio"], outputs["teacher_text"], aux["teacher"]["logit_scale"]
         similarity = losses.similarity_distillation(new, old, batch["mask"],
                                                     self.similarity_temperature)
         loss += aux["distil"] * self.similarity_weight * similarity

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from tail_jax import losses
 from tail_jax.methods.distillation import Taught
 from tail_jax.methods.full import Sequential
+from tail_jax.pairwise import by_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +39,30 @@ class ModX(Taught, Sequential):
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):
         loss, metrics = super().objective(model, trainable, frozen, aux, outputs, batch)
-        new = losses.similarity(outputs["audio"], outputs["text"], jnp.zeros(()))
-        old = losses.similarity(outputs["teacher_audio"], outputs["teacher_text"], jnp.zeros(()))
-        align = sum(self._kept(x, y, batch["mask"]) for x, y in ((new, old), (new.T, old.T))) / 2
+        align = self.alignment(outputs, batch["mask"])
         loss += aux["distil"] * self.alignment_weight * align
         return loss, metrics | {"alignment": align}
 
-    def _kept(self, new, old, mask):
+    def alignment(self, outputs, mask):
+        """1/2 sum_i KL( M~_i || M_i ), in both directions; of what `forward` gives."""
+        rows = {"mask": mask, "number": jnp.arange(len(mask))} | {
+            name: outputs[name] for name in ("audio", "text", "teacher_audio", "teacher_text")}
+        parts = by_blocks(self._block, rows, jnp.zeros(()))
+        return sum(self._kept(parts[x], mask) for x, _ in losses.DIRECTIONS) / 2
+
+    def _block(self, own, others, logit_scale):
+        """What `_kept` needs of a block of pairs, in both directions."""
+        parts, real = {}, others["mask"][None, :]
+        itself = own["number"][:, None] == others["number"][None, :]
+        for x, y in losses.DIRECTIONS:
+            new, old = (losses.similarity(own[who + x], others[who + y], logit_scale)
+                        for who in ("", "teacher_"))
+            best = lambda among, old=old: jnp.where(among, old, losses.NEGATIVE).max(1)
+            parts[x] = losses.kl_parts(old, new, real & ~(self.offdiag_only & itself)) | {
+                "pair": best(itself), "best": best(real)}
+        return parts
+
+    def _kept(self, parts, mask):
         """sum_i KL(M'_i || M_i) over the real rows whose pair the teacher ranks first."""
-        first = jnp.diagonal(old) >= jnp.where(mask[None, :], old, losses.NEGATIVE).max(1)
-        among = mask[None, :] & ~(self.offdiag_only & jnp.eye(len(mask), dtype=bool))
-        log_p, log_q = (jax.nn.log_softmax(jnp.where(among, s, losses.NEGATIVE), axis=1)
-                        for s in (old, new))
-        used = among & (mask & first)[:, None]
-        return jnp.where(used, jnp.exp(log_p) * (log_p - log_q), 0.0).sum()
+        first = parts["pair"].max(0) >= parts["best"].max(0)
+        return jnp.where(mask & first, losses.kl_of_parts(parts), 0.0).sum()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from tail_jax.tuning.masks import apply_rules
+from tail_jax.tuning.masks import apply_rules, leaf_name
 
 # Every parameter of every tower, by name. Wide layers are split over `model` as in Megatron (into
 # heads and hidden units, then back); everything else is replicated.
@@ -26,30 +29,64 @@ PARAMETER_RULES = [
     (r"logit_scale|updates", P()),
     (r"(prompts|pool|lora|adapters|decoder)/.*", P()),
 ]
+# What a mesh with an axis `fsdp` splits over it: kernels and embeddings of towers, wherever they
+# are (backbone, trained tree, teacher, moments). Vectors stay whole: each would cost a collective.
+FULLY_SHARDED = r"(audio|text|teacher|decoder)/.*"
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-    """A ("data", "model") mesh over all devices; data = -1 takes what `model` leaves.
+def make_mesh(data: int = -1, model: int = 1, fsdp: int = 1, devices=None) -> Mesh:
+    """A ("data", "model") mesh, or ("data", "fsdp", "model") where fsdp > 1.
+
+    Rows of a batch are split over `data` and `fsdp`; wide layers over `model`; kernels and
+    embeddings over `fsdp`, too (ZeRO-3: each device keeps its part, and the parts of a layer are
+    brought together where it is computed).
+
+    Args:
+        data: -1 takes what the others leave.
+        devices: by default all.
 
     Raises:
         ValueError: if the product is not the number of devices.
     """
-    count = jax.device_count()
-    if model < 1 or data == 0 or data < -1:
-        raise ValueError(f"mesh is {data} x {model}; expected positive numbers (data=-1 fills up)")
-    data = count // model if data == -1 else data
-    if data * model != count:
-        raise ValueError(f"mesh is {data} x {model} but there are {count} devices; set mesh.data "
-                         "and mesh.model so that their product is that (data=-1 fills up)")
-    axes = (jax.sharding.AxisType.Auto,) * 2  # Linen's embedding gather needs Auto axes
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes)
+    devices = jax.devices() if devices is None else devices
+    names = ("data", "fsdp", "model") if fsdp != 1 else ("data", "model")
+    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    shown = " x ".join(str(sizes[name]) for name in names)
+    if min(model, fsdp) < 1 or data == 0 or data < -1:
+        raise ValueError(f"mesh is {shown}; expected positive numbers (data=-1 fills up)")
+    sizes["data"] = len(devices) // (fsdp * model) if data == -1 else data
+    shape = tuple(sizes[name] for name in names)
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"mesh is {' x '.join(map(str, shape))} but there are {len(devices)} "
+                         f"devices; set {', '.join(f'mesh.{name}' for name in names)} so that "
+                         "their product is that (data=-1 fills up)")
+    axes = (jax.sharding.AxisType.Auto,) * len(names)  # Linen's embedding gather needs Auto axes
+    return jax.make_mesh(shape, names, axis_types=axes, devices=devices)
 
 
 def parameter_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf, by `PARAMETER_RULES`."""
+    """A NamedSharding for every leaf of arrays or shapes, by `PARAMETER_RULES` and `fully`."""
     specs = apply_rules(tree, PARAMETER_RULES, "sharding rules")
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
-                        is_leaf=lambda x: isinstance(x, P))
+    parts = mesh.shape.get("fsdp", 1)
+
+    def place(path, leaf, spec):
+        large = re.fullmatch(FULLY_SHARDED, leaf_name(path)) and leaf.ndim > 1
+        return NamedSharding(mesh, fully(spec, leaf.shape, parts) if large else spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree, specs)
+
+
+def fully(spec: P, shape: tuple[int, ...], parts: int) -> P:
+    """The spec with the last axis that is whole and that `parts` divides split over `fsdp`.
+
+    A leaf without such an axis stays as it is.
+    """
+    axes = list(spec) + [None] * (len(shape) - len(spec))
+    for i in reversed(range(len(shape))):
+        if parts > 1 and axes[i] is None and shape[i] % parts == 0:
+            axes[i] = "fsdp"
+            return P(*axes)
+    return spec
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,9 +94,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def row_axes(mesh) -> tuple[str, ...]:
+    """The axes of a mesh over which rows of a batch are split; () of one without any."""
+    return tuple(axis for axis in mesh.axis_names if axis != "model")
+
+
+def row_parts(mesh) -> int:
+    """In how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+
+
 def by_row(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data`."""
-    return NamedSharding(mesh, P("data"))
+    """The leading axis split over the axes of rows."""
+    return NamedSharding(mesh, P(row_axes(mesh)))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -77,7 +77,9 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
 
         def loss(trainable):
             outputs = forward(trainable, frozen, aux, batch, key)
-            return method.objective(model, trainable, frozen, aux, outputs, batch)
+            # Losses that compare rows with each other ask for the mesh that they lie on.
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return method.objective(model, trainable, frozen, aux, outputs, batch)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         updated, opt_state, norm = optimizer.update(
