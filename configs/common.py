@@ -93,9 +93,12 @@ def base_config(method: str, seed: int, model: str, log_mel: LogMelSettings, *,
         "stream": {"kind": "folders", "name": "", "tasks": (), "scenes": {}, "order": (),
                    "limit": 0},
         "optimizer": dataclasses.asdict(OptimizerConfig()),
-        "train": {"duration": "10 epochs", "batch_size": 128, "accumulation": 1, "log_every": 10,
-                  "save_seconds": 300.0, "tuning_files": "all", "keep_features": True,
-                  "keep_memory_bytes": 2**30, "keep_disk_bytes": 2**35},
+        # remat: none, or blocks: the backward pass computes the towers' blocks again.
+        "train": {"duration": "10 epochs", "batch_size": 128, "accumulation": 1, "remat": "none",
+                  "log_every": 10, "save_seconds": 300.0, "tuning_files": "all",
+                  "keep_features": True, "keep_memory_bytes": 2**30, "keep_disk_bytes": 2**35},
         "eval": {"split": "test", "batch_size": 256},
-        "mesh": {"data": -1, "model": 1},
+        # Devices along each axis, data = -1: all that are left. Rows of a batch are split over data
+        # and fsdp, wide layers over model, large parameters over fsdp.
+        "mesh": {"data": -1, "model": 1, "fsdp": 1},
     })

@@ -66,7 +66,7 @@ def describe(config: dict) -> dict:
     opt_state = jax.eval_shape(optimizer.init, trainable)
     report["bytes"]["optimizer"] = _bytes(opt_state)
     step = make_train_step(model, method, optimizer, mesh, trainable, frozen,
-                           config["train"]["accumulation"])
+                           config["train"]["accumulation"], config["train"].get("remat", "none"))
     lowered = step.function.lower(
         trainable, opt_state, frozen, state["aux"],
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.bool_), trainable),

@@ -238,7 +238,7 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
         ValueError, FileNotFoundError: for settings or data that cannot be used, in one line.
     """
     mesh = sharding.make_mesh(**config["mesh"])
-    settings.check(config, mesh.shape["data"])
+    settings.check(config, sharding.row_parts(mesh))
     stream = build_stream(settings.stream_spec(config))
     # A model of audio alone is pretrained on any stream.
     kind = len(stream.classes) if stream.classes or config["model"]["text"] else None

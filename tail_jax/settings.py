@@ -18,6 +18,7 @@ from tail_jax import backbone as backbones
 from tail_jax.cli import plain
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training.optimizers import OptimizerConfig, parse_duration
+from tail_jax.training.step import REMAT
 
 
 def start_jax() -> None:
@@ -29,7 +30,7 @@ def start_jax() -> None:
 
 
 def check(config: dict, devices: int) -> None:
-    """Looks at the values before anything is read; `devices` is the mesh's `data` axis.
+    """Looks at the values before anything is read; `devices` share the rows of a batch.
 
     Raises:
         ValueError: names the first field out of range, what it is and what is expected.
@@ -53,6 +54,8 @@ def check(config: dict, devices: int) -> None:
             accumulated = f" and {train['accumulation']} parts each" if parts != devices else ""
             raise ValueError(f"{name} is {value}, which {devices} devices of the data axis"
                              f"{accumulated} cannot share equally; expected a multiple of {parts}")
+    if train.get("remat", "none") not in REMAT:
+        raise ValueError(f"train.remat is {train['remat']!r}; expected one of {', '.join(REMAT)}")
     OptimizerConfig(**config["optimizer"])
     parse_duration(train["duration"], 1, 1)
     if train.get("tuning_files", "all") not in ("all", "last"):

@@ -65,7 +65,8 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), run.method,
                                state["trainable"])
     step = make_train_step(run.model, run.method, optimizer, run.mesh, state["trainable"],
-                           run.frozen, config["train"]["accumulation"])
+                           run.frozen, config["train"]["accumulation"],
+                           config["train"].get("remat", "none"))
     opt_state = step.init_optimizer(state["trainable"])
 
     # --- Resume ---------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ class EAT(Method):
         audio, grid, n = batch["audio"], model.audio.grid, self.clones
         rows, patches = audio.shape[0], math.prod(grid)
         encode = lambda params, *inputs: encode_patches(model.audio, params, *inputs,
-                                                        dtype=jnp.dtype(model.dtype))
+                                                        dtype=jnp.dtype(model.dtype),
+                                                        remat=model.remat)
         # [B, P, d] and [B, d]; one pass for all masks of a clip.
         target, clip_target = masked_patches.targets(
             encode(jax.lax.stop_gradient(trainable["teacher"]), audio)["hidden"])

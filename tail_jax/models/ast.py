@@ -79,6 +79,7 @@ class ASTTower(nn.Module):
 
     config: ASTConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, audio, mask=None, tuning=None, deterministic=True, entering=None):
@@ -87,7 +88,7 @@ class ASTTower(nn.Module):
         c = self.config
         start, x = entering or (0, self._tokens(audio, deterministic))
         block = BlockConfig(c.width, c.heads, c.hidden, "pre", c.epsilon, c.dropout,
-                            self.dtype, c.activation, c.qkv_bias)
+                            self.dtype, c.activation, c.qkv_bias, self.remat)
         special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
         hidden, special, prompts = Stack(block, c.layers, name="encoder")(
             x, None, tuning, deterministic, special, start)

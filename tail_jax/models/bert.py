@@ -67,6 +67,7 @@ class TextTower(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, token_ids, mask, tuning=None, deterministic=True):
@@ -88,7 +89,7 @@ class TextTower(nn.Module):
         x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout,
-                            self.dtype, c.activation)
+                            self.dtype, c.activation, remat=self.remat)
         # [CLS] / <s>, wherever the padding is.
         first = None if c.pool == "mean" else jnp.argmax(mask, axis=1)[:, None]
         hidden, first, prompts = Stack(block, c.layers, name="encoder")(

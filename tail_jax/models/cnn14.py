@@ -65,6 +65,7 @@ class Cnn14Tower(nn.Module):
 
     config: Cnn14Config
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
@@ -77,9 +78,9 @@ class Cnn14Tower(nn.Module):
             raise ValueError(f"Cnn14 got log-mels of shape {audio.shape[1:]} (frames, mels); "
                              f"this model takes {c.input_shape}")
         x = BandNorm(name="input_norm")(audio)[..., None].astype(self.dtype)
-        hidden = []
+        kind, hidden = nn.remat(_Block) if self.remat else _Block, []
         for i, channels in enumerate(c.channels):
-            x = _Block(channels, self.dtype, name=f"block_{i + 1}")(x)
+            x = kind(channels, self.dtype, name=f"block_{i + 1}")(x)
             if i + 1 < len(c.channels):
                 x = nn.avg_pool(x, (2, 2), (2, 2))
             hidden.append(x.mean(2))

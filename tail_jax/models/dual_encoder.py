@@ -77,6 +77,8 @@ class DualEncoder:
         dtype: 'float32' or 'bfloat16', of the towers' computation; heads, norms of the embeddings
             and everything after are float32.
         classes: C of a classifier beside an audio tower alone; 0 without one.
+        remat: whether the backward pass computes the towers' blocks again (less memory, more time);
+            of a training, so no part of the description on disk.
     """
 
     audio: Any  # a configuration of AUDIO_TOWERS, or None
@@ -86,6 +88,7 @@ class DualEncoder:
     head_activation: str = "relu"
     dtype: str = "float32"
     classes: int = 0
+    remat: bool = False
 
     def __post_init__(self):
         if not self.towers:
@@ -129,6 +132,7 @@ class DualEncoder:
     def to_dict(self) -> dict:
         """The nested dict that `from_dict` takes."""
         out = dataclasses.asdict(self)
+        del out["remat"]
         if not self.classes:  # of a stream, not of a model on disk
             del out["classes"]
         if self.audio is not None:
@@ -148,10 +152,10 @@ class DualEncoder:
 
     def _audio_tower(self):
         kind = next(t for c, t in AUDIO_TOWERS.values() if isinstance(self.audio, c))
-        return kind(self.audio, self._compute_dtype)
+        return kind(self.audio, self._compute_dtype, self.remat)
 
     def _text_tower(self):
-        return TextTower(self.text, self._compute_dtype)
+        return TextTower(self.text, self._compute_dtype, self.remat)
 
     def _head(self):
         return Head(self.embedding, self.head, self.head_activation)

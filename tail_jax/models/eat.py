@@ -91,6 +91,7 @@ class EATTower(nn.Module):
 
     config: EATConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, audio, mask=None, tuning=None, deterministic=True, visible=None,
@@ -104,7 +105,8 @@ class EATTower(nn.Module):
         del mask  # the window is fixed: silence is input, not padding
         c = self.config
         start, x = entering or (0, self._tokens(audio, deterministic, visible))
-        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype)
+        block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout, self.dtype,
+                            remat=self.remat)
         first = jnp.zeros((x.shape[0], 1), int) if c.pool == "cls" else None
         hidden, first, prompts = Stack(block, c.layers, name="encoder")(
             x, None, tuning, deterministic, first, start)
@@ -129,7 +131,8 @@ class EATTower(nn.Module):
 
 
 def encode_patches(config: EATConfig, params: dict, audio: jax.Array,
-                   visible: jax.Array | None = None, *, dtype: Any = jnp.float32) -> dict:
+                   visible: jax.Array | None = None, *, dtype: Any = jnp.float32,
+                   remat: bool = False) -> dict:
     """What `EATTower` makes of these patches alone, deterministic and without tuning.
 
     Args:
@@ -138,8 +141,9 @@ def encode_patches(config: EATConfig, params: dict, audio: jax.Array,
         audio: log-mels [B, frames, mels].
         visible: int [B, k], numbers of the patches to keep; None keeps all.
         dtype: of the computation.
+        remat: as of the blocks (`BlockConfig`).
 
     Returns:
         {tokens [B, 1 + k, width], hidden: of every layer, pooled [B, width]}.
     """
-    return EATTower(config, dtype).apply({"params": params}, audio, visible=visible)
+    return EATTower(config, dtype, remat).apply({"params": params}, audio, visible=visible)

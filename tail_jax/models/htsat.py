@@ -267,6 +267,7 @@ class HTSATTower(nn.Module):
 
     config: HTSATConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
@@ -284,6 +285,7 @@ class HTSATTower(nn.Module):
         if c.patch_norm:
             x = nn.LayerNorm(1e-5, dtype=self.dtype, name="patch_norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        kind = nn.remat(SwinBlock, static_argnums=(3,)) if self.remat else SwinBlock
         hidden = []
         for s, (depth, width) in enumerate(c.layer_widths):
             if s:
@@ -294,7 +296,7 @@ class HTSATTower(nn.Module):
                                 c.dropout, self.dtype, c.activation, c.qkv_bias)
             stage = _stage_tuning(tuning, s, len(c.depths))
             for i, own in enumerate(layer_tuning(stage, depth, 4)):
-                x = SwinBlock(block, c.grids[s], c.window, bool(i % 2), name=f"stage_{s}_{i:02d}")(
+                x = kind(block, c.grids[s], c.window, bool(i % 2), name=f"stage_{s}_{i:02d}")(
                     x, own, deterministic)
                 hidden.append(x.reshape(x.shape[0], -1, width))
         tokens = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)

@@ -55,6 +55,7 @@ class BlockConfig:
         dtype: of the computation; parameters keep their own.
         activation: of the feed-forward network, one of `ACTIVATIONS`.
         qkv_bias: whether the query, key and value projections have biases.
+        remat: the backward pass computes the block again instead of finding its inside in memory.
     """
 
     width: int
@@ -66,6 +67,7 @@ class BlockConfig:
     dtype: Any = jnp.float32
     activation: str = "gelu"
     qkv_bias: bool = True
+    remat: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -289,8 +291,9 @@ class Stack(nn.Module):
             tuning = {k: v for k, v in tuning.items() if k != "prompts"}
         hidden, alone, prompted = [x], x, x[:, :0]
         layers = list(enumerate(layer_tuning(tuning, self.layers, x.ndim)))
+        kind = nn.remat(Block, static_argnums=(5,)) if self.config.remat else Block
         for i, own in layers[start:]:
-            block = Block(self.config, name=f"layer_{i:02d}")
+            block = kind(self.config, name=f"layer_{i:02d}")
             inputs = hidden[-1], None, mask[:, None, None, :], own, deterministic
             if chosen is not None and i == self.layers - 1:
                 alone = block(*inputs, chosen=chosen + count)

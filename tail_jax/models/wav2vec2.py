@@ -126,6 +126,7 @@ class Wav2Vec2Tower(nn.Module):
 
     config: Wav2Vec2Config
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, audio, mask=None, tuning=None, deterministic=True):
@@ -155,7 +156,7 @@ class Wav2Vec2Tower(nn.Module):
         x = norm(x) if c.norm == "post" else x
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, c.norm, c.epsilon, c.dropout, self.dtype,
-                            c.activation)
+                            c.activation, remat=self.remat)
         hidden, _, prompts = Stack(block, c.layers, name="encoder")(
             x, shown, tuning, deterministic)
         tokens = norm(hidden[-1]) if c.norm == "pre" else hidden[-1]

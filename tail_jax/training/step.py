@@ -16,6 +16,9 @@ from tail_jax.training.sharding import by_row, parameter_shardings, replicated
 from tail_jax.tuning.masks import leaf_name
 
 
+REMAT = ("none", "blocks")
+
+
 @dataclasses.dataclass
 class TrainStep:
     """`step(trainable, opt_state, frozen, aux, mask, batch, key, position)`.
@@ -51,13 +54,17 @@ def cast_frozen(frozen, dtype: str):
 
 
 def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, frozen,
-                    accumulation: int = 1) -> TrainStep:
+                    accumulation: int = 1, remat: str = "none") -> TrainStep:
     """Builds the jitted step for these trees (arrays or shapes).
 
     With `accumulation` > 1 the rows pass the towers in that many parts, and again in the backward
     pass; the loss still sees the whole batch, so gradients equal those of one part.
+    With `remat` 'blocks' the backward pass finds the inputs of the towers' blocks in memory, and
+    computes what is inside them again.
     """
     result = TrainStep()
+    if remat == "blocks":
+        model = dataclasses.replace(model, remat=True)
 
     def forward(trainable, frozen, aux, batch, key):
         run = functools.partial(method.forward, model, trainable, frozen, aux)

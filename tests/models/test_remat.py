@@ -1,0 +1,116 @@
+"""Blocks that the backward pass computes again: the same numbers, less memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tail_jax.models.ast import ASTConfig
+from tail_jax.models.bert import TextConfig
+from tail_jax.models.cnn14 import Cnn14Config
+from tail_jax.models.dual_encoder import DualEncoder
+from tail_jax.models.eat import EATConfig
+from tail_jax.models.htsat import HTSATConfig
+from tail_jax.models.transformer import BlockConfig, Stack
+from tail_jax.models.wav2vec2 import Wav2Vec2Config
+
+SMALL = {"width": 8, "layers": 2, "heads": 2, "hidden": 16}
+TEXT = TextConfig(vocab_size=20, max_positions=12, **SMALL)
+# And how many blocks each has: the last counts twice where a tower pools tokens of it that are
+# computed by themselves.
+TOWERS = {
+    "ast": (ASTConfig(frames=16, mels=8, patch=8, stride=8, **SMALL), 3),
+    "eat": (EATConfig(frames=16, mels=8, patch=8, **SMALL), 3),
+    "wav2vec2": (Wav2Vec2Config(position_groups=2, **SMALL), 2),
+    "htsat": (HTSATConfig(spec_size=16, mels=8, patch=4, width=8, depths=(2, 1), heads=(2, 2),
+                          window=2), 3),
+    "cnn14": (Cnn14Config(frames=64, channels=(4, 4, 4), width=8), 3),
+    "text": (None, 3)}
+
+
+def checkpoints(jaxpr) -> int:
+    """How many parts of a program are computed again in its backward pass."""
+    leaves = jax.tree.leaves([eqn.params for eqn in jaxpr.eqns])
+    inner = [getattr(leaf, "jaxpr", leaf) for leaf in leaves]
+    own = sum(eqn.primitive.name in ("checkpoint", "remat2") for eqn in jaxpr.eqns)
+    return own + sum(checkpoints(part) for part in inner if hasattr(part, "eqns"))
+
+
+@pytest.mark.parametrize("kind", [*TOWERS])
+def test_every_block_of_every_tower_is_a_part(kind):
+    tower, blocks = TOWERS[kind]
+    side = "audio" if tower else "text"
+    model = DualEncoder(tower, None if tower else TEXT)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    inputs = model.input_shapes(2, 5)
+    for remat, count in ((False, 0), (True, blocks)):
+        found = dataclasses.replace(model, remat=remat)
+        encode = lambda p, b, found=found: found.encode(side, p, None, b)["embedding"]
+        assert checkpoints(jax.make_jaxpr(encode)(params, inputs).jaxpr) == count
+        assert found.to_dict() == model.to_dict()
+
+
+def gradients(module, tuning, key):
+    """A function of (params, tokens) to the gradients of all that a stack gives."""
+
+    def loss(params, tuning, x):
+        mask = jnp.arange(x.shape[1]) < jnp.array([x.shape[1], 3])[:, None]
+        chosen = jnp.array([[0], [2]])
+        hidden, alone, _ = module.apply({"params": params}, x, mask, tuning, False, chosen,
+                                        rngs={"dropout": key})
+        return sum(jnp.sin(h).sum() for h in hidden) + jnp.sin(3 * alone).sum()
+
+    return lambda params, x: jax.value_and_grad(loss, argnums=(0, 1))(params, tuning, x)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_gradients_with_dropout_and_tuning_are_the_same(norm):
+    config = BlockConfig(8, 2, 12, norm, dropout=0.2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
+    params = Stack(config, 2).init(jax.random.key(0), x)["params"]
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    tuning = {"prompts": draw(2, 3, 8), "lora": {"query": {"a": draw(2, 8, 2), "b": draw(2, 2, 8)}}}
+    run = lambda remat: jax.jit(gradients(
+        Stack(dataclasses.replace(config, remat=remat), 2), tuning, jax.random.key(3)))(params, x)
+    (value, expected), (got, found) = run(False), run(True)
+    assert float(got) == pytest.approx(float(value), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected, found)
+    assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected[1]))
+
+
+CONFIG, LAYERS, TOKENS = BlockConfig(16, 2, 64), 6, jax.ShapeDtypeStruct((2, 64, 16), jnp.float32)
+
+
+def deep(remat):
+    """(a stack, the shapes of its parameters)."""
+    module = Stack(dataclasses.replace(CONFIG, remat=remat), LAYERS)
+    return module, jax.eval_shape(module.init, jax.random.key(0), TOKENS)["params"]
+
+
+def temporary(remat):
+    """Bytes of the compiled gradient beside its arguments and results."""
+    module, params = deep(remat)
+    compiled = jax.jit(gradients(module, {}, jax.random.key(3))).lower(params, TOKENS).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def kept(remat):
+    """Bytes from the forward to the backward pass, parameters among them."""
+    module, params = deep(remat)
+    out = lambda params, x: module.apply({"params": params}, x)[1]
+    found = jax.eval_shape(lambda *args: jax.vjp(out, *args)[1], params, TOKENS)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+
+
+def test_memory_of_the_backward_pass_falls(run_python, monkeypatch):
+    assert kept(True) < 0.1 * kept(False)
+    # XLA orders a CPU's program for speed and would compute all blocks again at once.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    process = run_python("-c", "from tests.models.test_remat import temporary; "
+                         "print(temporary(False), temporary(True))")
+    assert process.returncode == 0, process.stderr
+    whole, again = map(int, process.stdout.split())
+    assert again < 0.6 * whole
