@@ -6,6 +6,7 @@ prints one JSON object a case.
 """
 
 import json
+import math
 import sys
 
 import jax
@@ -38,12 +39,14 @@ def make_batch(model, rows=ROWS):
             for k, v in batch.items()}
 
 
-def setup(method, mesh, accumulation=1, prompts=2, dtype="float32"):
-    """(model, method, mesh, step, state, opt_state, frozen) on that mesh."""
+def setup(method, mesh, accumulation=1, prompts=2, dtype="float32", hidden=32):
+    """(model, method, mesh, step, state, opt_state, frozen) on that mesh, of the first devices."""
     config = cli.plain(tiny.get_config(f"method={method}"))
     config["model"]["dtype"] = dtype
+    for side in ("audio", "text"):
+        config["model"][side]["hidden"] = hidden
     model, method = settings.described_model(config), methods.build(config["method"])
-    mesh = sharding.make_mesh(*mesh)
+    mesh = sharding.make_mesh(*mesh, devices=jax.devices()[:math.prod(mesh)])
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     state = method.init(jax.random.key(1), model, params)
     here = sharding.replicated(mesh)

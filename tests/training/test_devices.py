@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tail_jax import describe, losses, methods
+from tail_jax import describe, losses, methods, settings
 from tail_jax.methods.ablations import VARIANTS
 from tail_jax.models.presets import PRESETS, preset
 from tail_jax.training import sharding
 from tail_jax.train import train
+from tail_jax.training.step import cast_frozen
 from tail_jax.tuning.masks import apply_rules
 from tests.training import stepping
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CASES = [{"method": method, "mesh": mesh, "accumulation": parts} for method, mesh, parts in (
     ("ptat", [8, 1], 4), ("ptat", [4, 2], 1), ("sequential", [8, 1], 1), ("sequential", [4, 2], 1),
-    ("l2p", [8, 1], 1), ("ptat_plus", [4, 2], 4), ("modx", [4, 2], 1))]
-NAMES = [f"{c['method']} {c['mesh'][0]}x{c['mesh'][1]} in {c['accumulation']}" for c in CASES]
+    ("l2p", [8, 1], 1), ("ptat_plus", [4, 2], 4), ("modx", [4, 2], 1), ("ptat", [2, 1], 1),
+    ("ptat", [4, 1], 1), ("sequential", [1, 1, 8], 1))]
+NAMES = [f"{c['method']} {'x'.join(map(str, c['mesh']))} in {c['accumulation']}" for c in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,14 @@ def test_wide_layers_and_their_moments_are_split_over_the_model_axis(eight):
     assert [width, hidden // 2] in split["moments"] and [width, hidden] not in split["moments"]
 
 
+def test_full_sharding_leaves_each_device_its_part_of_kernels_and_moments(eight):
+    width, hidden = 16, 32
+    split = eight["sequential 1x1x8 in 1"]
+    assert split["up"] == [[width, hidden], [width, hidden // 8]]
+    assert split["down"] == [hidden, width // 8] and split["query"] == [width, width // 8]
+    assert [width, hidden // 8] in split["moments"] and [width, hidden] not in split["moments"]
+
+
 def test_every_row_is_compared_with_the_whole_batch(eight):
     model, method, _, _, state, _, frozen = stepping.setup("sequential", [1, 1])
     batch = {k: jnp.asarray(v) for k, v in stepping.make_batch(model).items()}
@@ -98,6 +108,9 @@ def test_every_row_is_compared_with_the_whole_batch(eight):
     ({"eval.split": "tset"}, "eval.split is 'tset'; expected one of train, valid, test"),
     ({"mesh.data": 3}, "mesh is 3 x 1 but there are 1 devices"),
     ({"mesh.model": 0}, "mesh is -1 x 0"),
+    ({"mesh.fsdp": 2}, "mesh is 0 x 2 x 1 but there are 1 devices; set mesh.data, mesh.fsdp"),
+    ({"mesh.fsdp": 0}, "mesh is -1 x 0 x 1; expected positive numbers"),
+    ({"train.remat": "all"}, "train.remat is 'all'; expected one of none, blocks"),
     ({"seed": -1}, "seed is -1"),
     ({"optimizer.warmup": 1.0}, "optimizer.warmup is 1.0"),
     ({"train.duration": "3 weeks"}, "train.duration is '3 weeks'"),
@@ -148,6 +161,30 @@ def test_leaf_without_a_rule_and_leaf_with_two_are_named():
         sharding.parameter_shardings({"audio": {"new_thing": np.zeros(3)}}, mesh)
     with pytest.raises(ValueError, match="a: matched by"):
         apply_rules({"a": 1}, [("a", 0), (".", 1)])
+
+
+@pytest.mark.parametrize("name", ["ptat", "sequential"])
+def test_bfloat16_is_for_what_towers_compute_and_float32_for_what_is_trained(tiny_config, name):
+    config = tiny_config(name, **{"model.dtype": "bfloat16"})
+    model, method = settings.described_model(config), methods.build(config["method"])
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p), params)
+    frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
+
+    def loss(trainable, frozen, aux, batch):
+        outputs = method.forward(model, trainable, frozen, aux, batch, None)
+        return method.objective(model, trainable, frozen, aux, outputs, batch)[0]
+
+    batch = stepping.make_batch(model)
+    value, gradients = jax.eval_shape(jax.value_and_grad(loss), state["trainable"], frozen,
+                                      state["aux"], batch)
+    tokens = jax.eval_shape(
+        lambda *args: model.encode("audio", *method.resolve(model, *args[:2]), args[2])["tokens"],
+        state["trainable"], frozen, batch)
+    assert tokens.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves((value, gradients))} == {jnp.dtype("float32")}
+    types = {x.dtype.name for x in jax.tree.leaves(frozen.get("text", {}))}
+    assert types == ({"bfloat16"} if name == "ptat" else set())
 
 
 # --- The compiled program ---------------------------------------------------------------------
