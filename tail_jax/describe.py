@@ -2,92 +2,111 @@
 the tables of a class-incremental corpus, whose classes have to be counted.
 
     python -m tail_jax.describe --config=configs/tail_clap.py [--json=FILE]
+    python -m tail_jax.describe --config=configs/tail_clap.py --topology=v5e:2x2,v5e:4x4 \
+        [--batch_per_chip=64] [--programs=train_step,embed_audio,embed_text] [--json=FILE]
+
+The second compiles the programs of a run for TPU slices, on a machine that need not have one, and
+prints a table of what each chip would hold, compute, read and send.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import pathlib
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from data_pipelines.streams import build_stream
-from tail_jax import cli, methods, settings
-from tail_jax.models.dual_encoder import BUFFERS, DualEncoder
+from tail_jax import cli, settings
+from tail_jax.costs.programs import PROGRAMS, Shapes, lower, lower_step, measure_on, shapes_of
+from tail_jax.costs.slices import Slice, check_compiler, devices, parse_slices
+from tail_jax.costs.table import slices_table
+from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting.writers import write_json_atomic
 from tail_jax.training import sharding
-from tail_jax.training.kept import Features
-from tail_jax.training.optimizers import OptimizerConfig, make_optimizer
-from tail_jax.training.step import cast_frozen, make_train_step
 from tail_jax.tuning.masks import count, leaf_name
 
 # PTAT's budget: at most this share of what full fine-tuning trains (abstract of arXiv 2503.04258).
 PTAT_SHARE = 0.0242
 
 
-def describe(config: dict) -> dict:
-    """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts)."""
+def describe(config: dict, slices: Sequence[Slice] = (), *, batch_per_chip: int | None = None,
+             names: Sequence[str] = PROGRAMS, progress: Callable[[str], None] | None = None
+             ) -> dict:
+    """Counts, bytes, FLOPs and shardings of the train step of `config` (plain dicts).
+
+    Args:
+        slices: TPU slices to compile the programs of a run for; none asks for the operations of the
+            step alone, here.
+        batch_per_chip: rows of a batch on each part of the mesh's rows; None leaves
+            `train.batch_size` and `eval.batch_size` as they are, over all chips.
+        names: of PROGRAMS, which to compile.
+        progress: told what is compiled next.
+
+    Raises:
+        ValueError: where a slice cannot be compiled for, or cannot share the batch equally.
+    """
     config = settings.with_checkpoint(config)
-    model, classes = settings.described_model(config), None
-    if config["stream"]["kind"] == "classes":
-        stream = build_stream(settings.stream_spec(config))
-        tasks, classes = len(stream.tasks), len(stream.classes)
-        model = DualEncoder(model.audio, None, dtype=model.dtype, classes=classes)
-    else:
-        tasks = max(len(config["stream"]["tasks"]), 1)
-    method = methods.build(config["method"], tasks, classes)
-    mesh = sharding.make_mesh(**config["mesh"])
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(lambda p: method.init(jax.random.key(0), model, p), params)
-    frozen = jax.eval_shape(lambda p: cast_frozen(method.frozen(p), model.dtype), params)
-    if model.classes:
-        some = jax.ShapeDtypeStruct((model.classes,), jnp.bool_)
-        state["aux"] = state["aux"] | {"classes": {"current": some, "seen": some}}
-    trainable = state["trainable"]
-    data, total = settings.data_settings(config["data"]), count(params, BUFFERS)
+    meshes, configs = {}, {}
+    for where in slices:
+        mesh = meshes[where.name] = sharding.make_mesh(**config["mesh"], devices=devices(where))
+        parts = sharding.row_parts(mesh)
+        configs[where.name] = _with_batch(config, batch_per_chip, parts)
+        settings.check(configs[where.name], parts)
+    shapes = shapes_of(config)
+    mesh = next(iter(meshes.values()), None) or sharding.make_mesh(**config["mesh"])
+    report = _sizes(shapes) | {
+        "mesh": dict(mesh.shape), "devices": mesh.size,
+        "shardings": _shardings(shapes.frozen, mesh) | _shardings(shapes.state["trainable"], mesh)}
+    if not slices:
+        if shapes.method.trains:
+            report["flops_per_step"] = lower_step(shapes, mesh).cost_analysis()["flops"]
+        return report
+    report |= {"slices": [], "commit": cli.commit(), "versions": {
+        package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}}
+    for where in slices:
+        mesh, own, programs = meshes[where.name], configs[where.name], {}
+        for name, lowered in lower(shapes_of(own), mesh, names):
+            if progress:
+                progress(f"compiling {name} for {where.name}")
+            programs[name] = measure_on(lowered, where)
+        report["slices"].append({
+            "topology": where.name, "chips": where.chips, "mesh": dict(mesh.shape),
+            "batch_size": {"train_step": own["train"]["batch_size"],
+                           **dict.fromkeys(PROGRAMS[1:], own["eval"]["batch_size"])},
+            "accumulation": own["train"]["accumulation"], "programs": programs})
+    return report
+
+
+def _with_batch(config: dict, batch_per_chip: int | None, parts: int) -> dict:
+    if batch_per_chip is None:
+        return config
+    rows = {"batch_size": batch_per_chip * parts}
+    return config | {"train": config["train"] | rows, "eval": config["eval"] | rows}
+
+
+def _sizes(shapes: Shapes) -> dict:
+    """Numbers of parameters, and bytes of what a run holds, all devices together."""
+    config, model, method = shapes.config, shapes.model, shapes.method
+    trainable, total = shapes.state["trainable"], count(shapes.params, BUFFERS)
+    data = settings.data_settings(config["data"])
     report = {
         "method": config["method"]["name"],
-        "parameters": {group: count(tree, BUFFERS) for group, tree in params.items()},
+        "parameters": {group: count(tree, BUFFERS) for group, tree in shapes.params.items()},
         "total_parameters": total,
         "trainable": {group: count(tree, BUFFERS) for group, tree in trainable.items()},
         "trainable_parameters": count(trainable, BUFFERS),
         "trainable_share": count(trainable, BUFFERS) / total,
-        "bytes": {"frozen": _bytes(frozen), "trainable": _bytes(trainable),
-                  "teacher_and_statistics": _bytes(state["aux"]),
-                  "memory": _bytes(method.memory(model, data.audio_shape, data.max_tokens))},
-        "mesh": dict(mesh.shape), "devices": jax.device_count(),
-        "shardings": _shardings(frozen, mesh) | _shardings(trainable, mesh),
-    }
-    if not method.trains:
-        return report
-    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), method, trainable)
-    opt_state = jax.eval_shape(optimizer.init, trainable)
-    report["bytes"]["optimizer"] = _bytes(opt_state)
-    step = make_train_step(model, method, optimizer, mesh, trainable, frozen,
-                           config["train"]["accumulation"], config["train"].get("remat", "none"))
-    lowered = step.function.lower(
-        trainable, opt_state, frozen, state["aux"],
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct((), jnp.bool_), trainable),
-        batch_shapes(config, model, method, state, frozen),
-        jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((2,), jnp.int32))
-    report["flops_per_step"] = lowered.cost_analysis()["flops"]
-    report["batch_size"] = config["train"]["batch_size"]
+        "bytes": {"frozen": _bytes(shapes.frozen), "trainable": _bytes(trainable),
+                  "teacher_and_statistics": _bytes(shapes.state["aux"]),
+                  "memory": _bytes(method.memory(model, data.audio_shape, data.max_tokens))}}
+    if method.trains:
+        report["bytes"]["optimizer"] = _bytes(shapes.optimizer_state)
+        report["batch_size"] = config["train"]["batch_size"]
     return report
-
-
-def batch_shapes(config: dict, model, method, state: dict, frozen) -> dict:
-    """Shapes of a training batch as the first step takes it, where inputs are fixed."""
-    rows, shape = config["train"]["batch_size"], jax.ShapeDtypeStruct
-    batch = model.input_shapes(rows, config["data"]["max_tokens"])
-    ids = ("clip_id", "label") if model.classes else ("clip_id", "caption_key")
-    batch |= {name: shape((rows,), jnp.int32) for name in ids}
-    batch["mask"] = shape((rows,), jnp.bool_)
-    if config["train"]["keep_features"]:
-        features = Features(method, tuple(method.kept(model, state, 0, 0)))
-        batch |= features.shapes(model, state["trainable"], frozen, state["aux"], rows)
-    return batch | method.replay_shapes(model, rows)
 
 
 def _bytes(tree) -> int:
@@ -124,21 +143,38 @@ def text(report: dict) -> str:
                      f"(batch {report['batch_size']})")
     split = len(report["shardings"])
     lines.append(f"{split} leaves are split over the mesh by name, the rest is on every device")
+    if "slices" in report:
+        lines += ["", slices_table(report)]
     return "\n".join(lines)
 
 
 def main() -> None:
     """The command."""
-    report = describe(cli.plain(flags.FLAGS.config))
+    flag, slices = flags.FLAGS, ()
+    if flag.topology:
+        slices = parse_slices(flag.topology)
+        check_compiler()
+        jax.config.update("jax_platforms", "cpu")  # a chip here, if any, is for others
+    unknown = [name for name in flag.programs if name not in PROGRAMS]
+    if unknown:
+        raise ValueError(f"--programs has {unknown[0]!r}; expected some of {', '.join(PROGRAMS)}")
+    if (flag.batch_per_chip or flag["programs"].present) and not slices:
+        raise ValueError("--batch_per_chip and --programs are for --topology")
+    report = describe(cli.plain(flag.config), slices, batch_per_chip=flag.batch_per_chip,
+                      names=flag.programs, progress=lambda line: print(line, file=sys.stderr))
     print(text(report))
-    if flags.FLAGS.json:
-        write_json_atomic(pathlib.Path(flags.FLAGS.json), report)
+    if flag.json:
+        write_json_atomic(pathlib.Path(flag.json), report)
 
 
 def define_flags() -> None:
-    """--config and --json."""
+    """--config, --json, --topology and what goes with it."""
     cli.define_config()
     flags.DEFINE_string("json", None, "Write the report to this file, too.")
+    flags.DEFINE_string("topology", None, "TPU slices to compile for, e.g. v5e:2x2,v5e:16x16.")
+    flags.DEFINE_integer("batch_per_chip", None, "Rows of a batch on each part of the mesh's rows, "
+                         "in place of the batch sizes of the configuration.", lower_bound=1)
+    flags.DEFINE_list("programs", list(PROGRAMS), "Which programs to compile.")
 
 
 if __name__ == "__main__":

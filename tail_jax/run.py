@@ -113,11 +113,7 @@ class Run:
                         "aux": jax.device_put(state["aux"], self._aux_shardings(state))}
 
     def _aux_shardings(self, state: State) -> dict:
-        """Trees like `trainable` (teachers, Fisher) lie as it does, the rest on every device."""
-        where = sharding.parameter_shardings(state["trainable"], self.mesh)
-        here, like = sharding.replicated(self.mesh), jax.tree.structure(where)
-        return {name: where if jax.tree.structure(tree) == like
-                else jax.tree.map(lambda _: here, tree) for name, tree in state["aux"].items()}
+        return sharding.aux_shardings(state["trainable"], state["aux"], self.mesh)
 
     def task_data(self, reader: SplitReader, task: int, hook: int) -> TaskData:
         """What hook 0 (`begin_task`), 1 (`end_task`), 2 + 2 s (`begin_stage` of stage s) or

@@ -7,6 +7,10 @@ import numpy as np
 
 from tail_jax.training.sharding import by_row, put_batch, replicated
 
+# What the functions read of a batch.
+AUDIO = ("audio", "mask")
+TEXT = ("token_ids", "token_mask", "mask")
+
 
 class Embedder:
     """Compiled embedding functions of one method; rows do not see each other, no randomness.
@@ -24,6 +28,7 @@ class Embedder:
                 model, trainable, frozen, aux, batch)
             return jax.jit(run, in_shardings=(None, None, None, rows), out_shardings=here)
 
+        self._model = model
         self._audio, self._text = compiled(method.embed_audio), compiled(method.embed_text)
         self._scores = compiled(method.scores)
 
@@ -37,12 +42,26 @@ class Embedder:
         total, count = self._sum(self._scores, reader, (trainable, frozen, aux), False)
         return total / count[:, None]
 
+    def lower(self, name: str, trainable, frozen, aux, audio_shape: tuple[int, ...],
+              max_tokens: int) -> jax.stages.Lowered:
+        """The program "embed_audio", "embed_text" or "scores" for batches of these shapes.
+
+        Takes arrays, or shapes that say by their sharding where they would lie. `audio_shape` is
+        that of a row.
+        """
+        rows, shape = self._batch, jax.ShapeDtypeStruct
+        batch = self._model.input_shapes(rows, max_tokens) | {
+            "audio": shape((rows, *audio_shape), np.float32), "mask": shape((rows,), np.bool_)}
+        function, keys = {"embed_audio": (self._audio, AUDIO), "embed_text": (self._text, TEXT),
+                          "scores": (self._scores, AUDIO)}[name]
+        return function.lower(trainable, frozen, aux, {key: batch[key] for key in keys})
+
     def _sum(self, function, reader, state, training):
         """(sum over the chunks of each clip, [clips, k]; number of its chunks)."""
         clips, total = len(reader.split.clips), None
         count = np.zeros(clips, np.int32)
         for batch in reader.audio_batches(self._batch, training=training):
-            row = self._run(function, *state, batch, ("audio", "mask"))
+            row = self._run(function, *state, batch, AUDIO)
             if total is None:
                 total = np.zeros((clips, row.shape[1]), np.float32)
             np.add.at(total, batch["clip_id"][batch["mask"]], row[batch["mask"]])
@@ -53,8 +72,7 @@ class Embedder:
         """[captions, d]."""
         out = np.zeros((len(reader.split.captions), self._dimension), np.float32)
         for batch in reader.text_batches(self._batch):
-            keys = ("token_ids", "token_mask", "mask")
-            row = self._run(self._text, trainable, frozen, aux, batch, keys)
+            row = self._run(self._text, trainable, frozen, aux, batch, TEXT)
             out[batch["caption_id"][batch["mask"]]] = row[batch["mask"]]
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -34,7 +35,8 @@ PARAMETER_RULES = [
 FULLY_SHARDED = r"(audio|text|teacher|decoder)/.*"
 
 
-def make_mesh(data: int = -1, model: int = 1, fsdp: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = -1, model: int = 1, fsdp: int = 1,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A ("data", "model") mesh, or ("data", "fsdp", "model") where fsdp > 1.
 
     Rows of a batch are split over `data` and `fsdp`; wide layers over `model`; kernels and
@@ -87,6 +89,14 @@ def fully(spec: P, shape: tuple[int, ...], parts: int) -> P:
             axes[i] = "fsdp"
             return P(*axes)
     return spec
+
+
+def aux_shardings(trainable, aux: dict, mesh: Mesh) -> dict:
+    """Trees like `trainable` (teachers, Fisher) lie as it does, the rest on every device."""
+    where, here = parameter_shardings(trainable, mesh), replicated(mesh)
+    like = jax.tree.structure(where)
+    return {name: where if jax.tree.structure(tree) == like
+            else jax.tree.map(lambda _: here, tree) for name, tree in aux.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
