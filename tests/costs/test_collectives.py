@@ -54,7 +54,8 @@ def test_data_parallel_ptat_reduces_nothing_of_the_backbone(counted):
     assert large > 1.5 * small and same == trained
     assert counted["ptat 32"]["collectives"] == counted["ptat 96"]["collectives"]
     reduced = counted["ptat 32"]["collectives"]["all-reduce"]["bytes"]
-    assert 4 * trained <= reduced < 4 * small
+    # The bias of a last layer has its gradient from the gathered embeddings, without a sum.
+    assert 0.98 * 4 * trained <= reduced <= 1.02 * 4 * trained
 
 
 def test_data_parallel_training_of_everything_reduces_everything(counted):
