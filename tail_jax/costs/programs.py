@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -165,9 +164,8 @@ def measure_on(lowered: jax.stages.Lowered, where: Slice) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # "Ran out of memory in memory space hbm. Used 45.12G of 15.75G hbm."
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-        return {"fits": False, "refused": used[0] if used else str(error).splitlines()[0]}
+        words = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        return {"fits": False, "refused": words}
     report = measure(compiled)
     least = roofline(where.chip, where.shape, report["flops"], report["accessed_bytes"],
                      report["sent_bytes"])

@@ -71,6 +71,16 @@ def test_programs_of_a_run_on_slices_of_one_chip_and_more():
     assert [where["batch_size"]["train_step"] for where in report["slices"]] == [8, 32]
 
 
+def test_a_program_that_does_not_fit_is_reported_in_the_words_of_the_compiler():
+    where = parse_slices("v5e:1x1")[0]
+    here = sharding.replicated(sharding.make_mesh(devices=devices(where)))
+    lowered = jax.jit(lambda x: jnp.sort(x, axis=0), in_shardings=here).lower(
+        jax.ShapeDtypeStruct((1 << 16, 1 << 17), jnp.float32))  # 34 GB
+    found = programs.measure_on(lowered, where)
+    assert not found["fits"] and "seconds" not in found
+    assert found["refused"].startswith("Ran out of memory") and "15.75G" in found["refused"]
+
+
 def test_slices_that_the_compiler_does_not_know_and_batches_that_cannot_be_shared():
     config = cli.plain(tiny.get_config())
     with pytest.raises(ValueError, match="the compiler knows no slice v5e:3x3"):
