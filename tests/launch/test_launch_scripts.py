@@ -1,0 +1,220 @@
+"""The launch scripts: what they would do, what they ask for, and how they go on."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+TRAINING = ("--config=configs/tail_clap.py:method=ptat", "--workdir=runs/one run")
+SETTINGS = {
+    "tpu_vm.sh": {"NAME": "tail", "ZONE": "us-west4-a", "ACCELERATOR": "v5litepod-16",
+                  "VERSION": "v2-alpha-tpuv5-lite", "SHARE": "10.0.0.2:/tail"},
+    "slurm.sbatch": {"NODES": "2", "GPUS": "4", "TIME": "24:00:00"},
+    "local_gpu.sh": {},
+    "multiprocess_cpu.sh": {"PROCESSES": "2", "DEVICES": "4"},
+}
+# What each prints that it would run, in order.
+EXPECTED = {
+    "tpu_vm.sh": ["'git' 'archive'", "'tpu-vm' 'create' 'tail'", "'--worker=all'", "mount -t nfs",
+                  "'tpu-vm' 'scp'", "launch/install.sh tpu", "TAIL_JAX_COORDINATOR=auto",
+                  "tail_jax.train", "'tpu-vm' 'scp' 'tail:/tmp/run.tar.gz'"],
+    "slurm.sbatch": ["'launch/install.sh' 'cuda'", "'sbatch'", "'--nodes=2'",
+                     "'--ntasks-per-node=4'", "'--requeue'", "TAIL_JAX_COORDINATOR=auto",
+                     "'srun'", "tail_jax.train"],
+    "local_gpu.sh": ["'launch/install.sh' 'cuda'", "JAX_PLATFORMS=cuda", "tail_jax.train"],
+    "multiprocess_cpu.sh": ["'launch/install.sh'", "device_count=4", "TAIL_JAX_PROCESS=0",
+                            "tail_jax.train", "TAIL_JAX_PROCESS=1", "tail_jax.train"],
+}
+
+
+def launch(script, *arguments, path=None, **settings):
+    """The finished script, with these settings and no others."""
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")}
+    kept |= {"PATH": f"{path}:{kept['PATH']}"} if path else {}
+    return subprocess.run(["bash", ROOT / "launch" / script, *arguments], env=kept | settings,
+                          capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_dry_run_prints_what_would_be_done(script):
+    done = launch(script, "--dry_run", *TRAINING, **SETTINGS[script])
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    at = -1
+    for words in EXPECTED[script]:
+        at = done.stdout.find(words, at + 1)
+        assert at >= 0, f"{words} is not there, or not in its place:\n{done.stdout}"
+    assert "--workdir=runs/one run" in done.stdout  # one word, as it was given
+
+
+@pytest.mark.parametrize("script, name", [(s, n) for s, all_ in SETTINGS.items() for n in all_])
+def test_missing_setting_is_one_line(script, name):
+    settings = {k: v for k, v in SETTINGS[script].items() if k != name}
+    done = launch(script, *TRAINING, **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {name} is not set; expected ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("missing", range(2), ids=["config", "workdir"])
+def test_missing_argument_is_one_line(script, missing):
+    done = launch(script, TRAINING[1 - missing], **SETTINGS[script])
+    assert (done.returncode, done.stdout) == (2, "")
+    name = ("config=FILE", "workdir=FOLDER")[missing]
+    assert done.stderr.startswith(f"error: --{name} is missing")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, change, message", [
+    ("tpu_vm.sh", {"SHARE": "tail"}, "SHARE is 'tail'; expected HOST:/FOLDER"),
+    ("tpu_vm.sh", {"ATTEMPTS": "0"}, "ATTEMPTS is '0'"),
+    ("slurm.sbatch", {"NODES": "two"}, "NODES is 'two'; expected the number of nodes, a whole"),
+    ("slurm.sbatch", {"CPUS": "-1"}, "CPUS is '-1'"),
+    ("local_gpu.sh", {"GPUS": "all"}, "GPUS is 'all'; expected numbers of GPUs, as 0,1,2"),
+    ("multiprocess_cpu.sh", {"DEVICES": "0"}, "DEVICES is '0'"),
+    ("multiprocess_cpu.sh", {"PORT": "any"}, "PORT is 'any'; expected a port number"),
+])
+def test_faulty_setting_is_one_line(script, change, message):
+    done = launch(script, *TRAINING, **SETTINGS[script] | change)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_folder_outside_the_share_is_refused():
+    done = launch("tpu_vm.sh", TRAINING[0], "--workdir=/runs", **SETTINGS["tpu_vm.sh"])
+    assert done.returncode == 2 and "expected a folder below the repository" in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted({"common.sh", "install.sh", "quickstart.sh", "test.sh",
+                                           *SETTINGS}))
+def test_shellcheck_finds_nothing(script):
+    # From the system, or of the test extra beside the interpreter.
+    program = shutil.which("shellcheck") or shutil.which(
+        "shellcheck", path=pathlib.Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("no shellcheck")
+    done = subprocess.run([program, "-x", f"launch/{script}"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """programs(name=script, ...) -> a folder with these commands, which note their calls."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def make(**scripts):
+        for name, body in scripts.items():
+            file = folder / name
+            file.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>{tmp_path}/calls\n{body}\n')
+            file.chmod(0o755)
+        return folder
+
+    make.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    return make
+
+
+GCLOUD = """
+state={folder}/state
+case "$4" in
+  describe) cat $state 2>/dev/null || exit 1 ;;
+  create) echo READY >$state ;;
+  delete) rm $state ;;
+  ssh) if [[ "$*" == *tail_jax.train* && ! -f {folder}/taken ]]; then
+         touch {folder}/taken; echo PREEMPTED >$state; exit 255; fi ;;
+  scp) [[ "$5" != tail:* ]] || tar -czf "$6" -C {folder} --transform=s,^,runs/one/, results.json ;;
+esac
+true"""
+
+
+def test_tpu_vm_that_is_taken_away_is_created_again(programs, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    path = programs(gcloud=GCLOUD.format(folder=tmp_path))
+    done = launch("tpu_vm.sh", "--config=configs/quickstart.py", "--workdir=runs/one", path=path,
+                  **SETTINGS["tpu_vm.sh"], OUTPUT=str(tmp_path / "out"), DELETE="1", SPOT="1")
+    assert done.returncode == 0, done.stderr
+    verbs = [call.split()[4] for call in programs.calls() if "describe" not in call]
+    once = ["create", "ssh", "scp", "ssh", "ssh"]  # packages, code, installation, training
+    assert verbs == [*once, "delete", *once, "ssh", "scp", "delete"]
+    assert sum("--spot" in call for call in programs.calls()) == 2
+    assert (tmp_path / "out" / "results.json").read_text() == "{}"
+
+
+def test_tpu_vm_with_an_error_of_the_run_stops(programs, tmp_path):
+    path = programs(gcloud='[[ "$4" == describe ]] && echo READY\n'
+                           '[[ "$*" != *tail_jax.train* ]] || exit 2')
+    done = launch("tpu_vm.sh", "--config=configs/quickstart.py", "--workdir=runs/one", path=path,
+                  **SETTINGS["tpu_vm.sh"])
+    assert done.returncode == 2 and "error: exit code 2 on tail" in done.stderr
+    assert sum("tail_jax.train" in call for call in programs.calls()) == 1
+
+
+PROCESS = """
+trap 'exit 143' TERM
+[[ "$TAIL_JAX_PROCESS" == 0 ]] || exec sleep ${{OTHERS:-1}}
+kill -{signal} $$
+for i in {{1..20}}; do sleep 0.1; done"""
+
+
+@pytest.mark.parametrize("signal, code", [(0, 0), ("KILL", 137), ("TERM", 143)])
+def test_processes_end_together(programs, signal, code):
+    path = programs(python=PROCESS.format(signal=signal))
+    started = time.monotonic()
+    done = launch("multiprocess_cpu.sh", *TRAINING, TAIL_JAX_PYTHON=str(path / "python"), PORT="1",
+                  PROCESSES="2", DEVICES="4", OTHERS="40" if signal == "KILL" else "1")
+    assert done.returncode == code, done.stderr
+    assert time.monotonic() - started < 30  # one that is left alone is not waited for
+    assert programs.calls() == ["python -m tail_jax.train " + " ".join(TRAINING)] * 2
+
+
+def test_a_signal_reaches_all_processes(programs):
+    path = programs(python="trap 'exit 143' TERM\n"
+                           "[[ $TAIL_JAX_PROCESS == 1 ]] || kill -TERM $PPID\n"
+                           "for i in {1..100}; do sleep 0.1; done")
+    done = launch("multiprocess_cpu.sh", *TRAINING, TAIL_JAX_PYTHON=str(path / "python"), PORT="1",
+                  PROCESSES="2", DEVICES="4")
+    assert done.returncode == 143, done.stderr
+
+
+@pytest.mark.parametrize("codes, code, runs", [
+    ("137 0", 0, 2), ("134 134 0", 134, 2), ("3", 3, 1), ("143", 143, 1)])
+def test_local_run_that_is_killed_goes_on(programs, tmp_path, codes, code, runs):
+    (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+    path = programs(**{"nvidia-smi": "true", "env": f"code=$(head -n 1 {tmp_path}/codes); "
+                       f"sed -i 1d {tmp_path}/codes; exit $code"})
+    script = tmp_path / "launch" / "local_gpu.sh"
+    shutil.copytree(ROOT / "launch", script.parent, ignore=shutil.ignore_patterns("results"))
+    (script.parent / "install.sh").write_text("true")
+    done = launch(script, *TRAINING, path=path, RETRIES="1", GPUS="0,1")
+    assert done.returncode == code, done.stderr
+    calls = [call for call in programs.calls() if call.startswith("env")]
+    assert len(calls) == runs and "CUDA_VISIBLE_DEVICES=0,1" in calls[0]
+
+
+@pytest.mark.parametrize("ends, code", [(143, 0), (0, 0)])
+def test_slurm_job_that_is_stopped_is_queued_again(programs, tmp_path, ends, code):
+    # srun waits for the TERM that scancel gives it, and ends as the run does: saved, or done.
+    path = programs(
+        srun=f"trap 'exit {ends}' TERM; echo $$ >{tmp_path}/step; kill -TERM $PPID; "
+             "for i in {1..100}; do sleep 0.1; done",
+        scancel=f"kill -TERM $(cat {tmp_path}/step)", scontrol="true")
+    done = launch("slurm.sbatch", *TRAINING, path=path, SLURM_JOB_ID="7",
+                  SLURM_SUBMIT_DIR=str(ROOT), **SETTINGS["slurm.sbatch"])
+    assert done.returncode == code, done.stderr
+    srun, scancel, *rest = programs.calls()
+    assert srun.startswith("srun --kill-on-bad-exit=1 .venv/bin/python -m tail_jax.train --config")
+    assert scancel == "scancel --signal=TERM 7"
+    assert rest == (["scontrol requeue 7"] if ends else [])
+
+
+def test_slurm_job_with_an_error_is_not_queued_again(programs):
+    path = programs(srun="exit 3", scancel="true", scontrol="true")
+    done = launch("slurm.sbatch", *TRAINING, path=path, SLURM_JOB_ID="7",
+                  SLURM_SUBMIT_DIR=str(ROOT), **SETTINGS["slurm.sbatch"])
+    assert done.returncode == 3 and len(programs.calls()) == 1
