@@ -164,8 +164,7 @@ class SplitReader:
         batch_size: int,
         seed: int,
         start_step: int = 0,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """Yields training batches without end, one (clip, caption) pair per row.
 
@@ -174,39 +173,30 @@ class SplitReader:
         `start_step` of an iterator that began at 0.
 
         Args:
-          batch_size: rows of the global batch.
+          batch_size: rows of the global batch, B.
           seed: of order, crops and masks.
           start_step: steps done before.
-          host_index, host_count: this host gets rows [i B/H, (i + 1) B/H) of each global batch.
+          rows: int [n], the rows of each global batch that this host reads; None is all, n = B.
 
         Yields:
-          audio [B/H, frames, mels] float32; with a tokenizer token_ids [B/H, tokens] int32,
-          token_mask bool, caption_id, caption_key [B/H] int32; with classes label [B/H] int32;
-          clip_id [B/H] int32; mask [B/H] bool, False on the rows that fill the last batch of an
+          audio [n, frames, mels] float32; with a tokenizer token_ids [n, tokens] int32,
+          token_mask bool, caption_id, caption_key [n] int32; with classes label [n] int32;
+          clip_id [n] int32; mask [n] bool, False on the rows that fill the last batch of an
           epoch, which are zero in all arrays. The audio is read-only.
         """
-        if batch_size < 1 or host_count < 1 or batch_size % host_count:
-            raise ValueError(
-                f"batch_size {batch_size} on {host_count} hosts: expected a positive multiple of "
-                "the number of hosts"
-            )
-        if not 0 <= host_index < host_count or start_step < 0 or seed < 0:
-            raise ValueError(
-                f"host_index {host_index} of {host_count}, start_step {start_step}, seed {seed}: "
-                "expected 0 <= host_index < host_count and start_step, seed >= 0"
-            )
+        share = _share(batch_size, rows)
+        if start_step < 0 or seed < 0:
+            raise ValueError(f"start_step {start_step}, seed {seed}: expected 0 or more")
         settings = self.settings
-        local = batch_size // host_count
+        local = len(share)
         steps_per_epoch = self.steps_per_epoch(batch_size)
         rows = self._rows(self._train_key)
 
         def place(step: int) -> tuple[int, np.ndarray, np.ndarray]:
             """Returns epoch, pairs [local] (0 on padding) and mask [local]."""
             epoch, index = divmod(int(step), steps_per_epoch)
-            first = index * batch_size + host_index * local
-            chosen = _permutation(seed, epoch, len(self.pairs))[first : first + local]
-            mask = np.arange(local) < len(chosen)
-            return epoch, np.pad(chosen, (0, local - len(chosen))), mask
+            place, mask = _slots(index, batch_size, len(self.pairs), share)
+            return epoch, _permutation(seed, epoch, len(self.pairs))[place] * mask, mask
 
         def fields(step: int) -> Batch:
             _, pairs, mask = place(step)
@@ -252,35 +242,39 @@ class SplitReader:
         """Whether training sees every clip the same way each time: no random crops, no masks."""
         return not self._random_crop and self.settings.spec_augment is None
 
-    def audio_batches(self, batch_size: int, training: bool = False) -> Iterator[Batch]:
+    def audio_batches(
+        self, batch_size: int, training: bool = False, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
         """Yields the audio of every clip: one row per chunk, in clip order.
 
         Args:
           batch_size: rows of a batch.
           training: yield the one chunk of a clip that training sees (fixed inputs only) instead of
             the chunks of evaluation.
+          rows: as in `train_batches`.
 
         Yields:
-          audio [B, frames, mels] float32; clip_id [B] int32; mask [B] bool, False on the rows that
+          audio [n, frames, mels] float32; clip_id [n] int32; mask [n] bool, False on the rows that
           fill the last batch. The embedding of a clip is the mean over its rows.
         """
-        _check_batch_size(batch_size)
+        share = _share(batch_size, rows)
         key = self._train_key if training else self._evaluation_key
         rows = self._rows(key)
         total = len(rows.clip)
 
         def place(step: int) -> tuple[np.ndarray, np.ndarray]:
-            return _slots(int(step), batch_size, total)
+            return _slots(int(step), batch_size, total, share)
 
         def fields(step: int) -> Batch:
             row, mask = place(step)
             return _masked(mask, clip_id=rows.clip[row])
 
         def locate(slot: int) -> tuple[int, Callable[[int, int], int]] | None:
-            if slot >= total:
+            step, i = divmod(int(slot), len(share))
+            row = step * batch_size + int(share[i])
+            if row >= total:
                 return None
-            chooser = _chunk_chooser(key[0], int(rows.chunk[slot]))
-            return int(rows.clip[slot]), chooser
+            return int(rows.clip[row]), _chunk_chooser(key[0], int(rows.chunk[row]))
 
         def gather(step: int) -> np.ndarray:
             row, mask = place(step)
@@ -288,26 +282,26 @@ class SplitReader:
 
         return self._batches(
             range(_ceil_divide(total, batch_size)),
-            batch_size,
+            len(share),
             fields,
             gather if rows.values is not None else None,
             locate,
         )
 
-    def text_batches(self, batch_size: int) -> Iterator[Batch]:
+    def text_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Yields every caption once, in order.
 
         Yields:
-          token_ids, token_mask [B, tokens]; caption_id, caption_key [B] int32; mask [B] bool, False
-          on the rows that fill the last batch.
+          token_ids, token_mask [n, tokens]; caption_id, caption_key [n] int32; mask [n] bool, False
+          on the rows that fill the last batch; `rows` as in `train_batches`.
         """
-        _check_batch_size(batch_size)
+        share = _share(batch_size, rows)
         if self.token_ids is None:
             raise ValueError(f"corpus '{self.split.corpus}' is read without a tokenizer: no text")
         total = len(self.split.captions)
         # Slices of arrays in memory: tf.data would only add threads and copies.
         for step in range(_ceil_divide(total, batch_size)):
-            caption, mask = _slots(step, batch_size, total)
+            caption, mask = _slots(step, batch_size, total, share)
             yield _masked(mask, **self._text(caption))
 
     def _text(self, caption: np.ndarray) -> Batch:
@@ -468,9 +462,11 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(length)
 
 
-def _slots(step: int, batch_size: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows [batch] of batch `step` in order, 0 on padding, and mask [batch]."""
-    row = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int32)
+def _slots(
+    step: int, batch_size: int, total: int, share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what is in the rows `share` of batch `step`, in order, 0 on padding, and the mask."""
+    row = step * batch_size + share
     mask = row < total
     return row * mask, mask
 
@@ -492,6 +488,11 @@ def _ceil_divide(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _share(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """Returns the rows of a batch that are read, int32 [n]."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+    share = np.arange(batch_size, dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+    if not len(share) or not 0 <= share.min() <= share.max() < batch_size:
+        raise ValueError(f"rows {share} of a batch of {batch_size}; expected some of its rows")
+    return share

@@ -121,11 +121,12 @@ def commit() -> str | None:
     return None if head.returncode else head.stdout.strip() + "+" * bool(status.stdout.strip())
 
 
-def check_config(workdir: pathlib.Path, config: dict) -> None:
+def check_config(workdir: pathlib.Path, config: dict, write: bool = True) -> None:
     """Writes `config.json`, or compares with the one a run began with.
 
     Raises:
-        UserError: if the run in `workdir` began with other settings, listing the differences.
+        UserError: if the run in `workdir` began with other settings, listing the differences; if
+            there is none, and with `write` false there should be one.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -135,6 +136,9 @@ def check_config(workdir: pathlib.Path, config: dict) -> None:
             raise UserError(f"{workdir} holds a run with another configuration: "
                             + "; ".join(changes) + ". Use another --workdir, or remove this one")
         return
+    if not write:
+        raise UserError(f"{path}: not here, though the first host has written it; expected a "
+                        "--workdir on a disk that all hosts share")
     workdir.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".aside")
     aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

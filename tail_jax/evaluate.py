@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from tail_jax import cli, methods, settings
+from tail_jax import cli, hosts, methods, settings
 from tail_jax.backbone import load_tuning
 from tail_jax.evaluation.retrieval import DIRECTIONS, METRICS, evaluate_row
 from tail_jax.methods.base import State
@@ -112,9 +112,11 @@ def text(report: dict) -> str:
 
 def main() -> None:
     """The command."""
-    settings.start_jax()
+    settings.start_jax(many_hosts=True)
     args = flags.FLAGS
     report = evaluate(pathlib.Path(args.workdir), args.split, args.task)
+    if not hosts.is_first():
+        return
     print(text(report))
     if args.json:
         write_json_atomic(pathlib.Path(args.json), report)

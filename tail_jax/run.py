@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import sys
 from typing import Any, Callable
 
 import jax
@@ -17,7 +16,7 @@ from data_pipelines.corpora import Split, normalise_caption
 from data_pipelines.streams import Stream, build_stream
 from data_pipelines.text import Tokenizer
 from tail_jax import backbone as backbones
-from tail_jax import methods, settings
+from tail_jax import hosts, methods, settings
 from tail_jax.backbone import Backbone
 from tail_jax.evaluation.classification import accuracy_row, predict
 from tail_jax.evaluation.retrieval import TaskEmbeddings, evaluate_row
@@ -68,6 +67,7 @@ class Run:
         data = settings.data_settings(self.config["data"])
         memory = self.method.memory(self.model, data.audio_shape, data.max_tokens)
         state = self._with_classes(state, 0)
+        _check_same(state)
         return state | ({"memory": memory} if memory else {}) | {
             "trainable": sharding.place(state["trainable"], self.mesh),
             "aux": sharding.put_tree(state["aux"], self._aux_shardings(state))}
@@ -108,9 +108,10 @@ class Run:
         return self._placed(self.method.end_task(state, task, data))
 
     def _placed(self, state: State) -> State:
+        _check_same(state)
         where = sharding.parameter_shardings(state["trainable"], self.mesh)
-        return state | {"trainable": jax.device_put(state["trainable"], where),
-                        "aux": jax.device_put(state["aux"], self._aux_shardings(state))}
+        return state | {"trainable": sharding.move(state["trainable"], where),
+                        "aux": sharding.move(state["aux"], self._aux_shardings(state))}
 
     def _aux_shardings(self, state: State) -> dict:
         return sharding.aux_shardings(state["trainable"], state["aux"], self.mesh)
@@ -150,7 +151,7 @@ class Run:
         # Scores stay while what they are computed from does: methods that stop training at some
         # session have the clips of old sessions embedded once.
         aux = {name: tree for name, tree in state["aux"].items() if name != "classes"}
-        version = tree_hash({"trainable": state["trainable"], "aux": aux})
+        version = tree_hash(sharding.to_host({"trainable": state["trainable"], "aux": aux}))
         if self._scores.get("version") != version:
             self._scores.clear()
             self._scores["version"] = version
@@ -168,12 +169,12 @@ class Run:
 
     def _keep_predictions(self, row: int, predicted: list[np.ndarray]) -> None:
         readers = self.tests[:row]
-        save_tree(self.workdir / "predictions" / f"task_{row}.safetensors", {
+        hosts.on_first(lambda: save_tree(self.workdir / "predictions" / f"task_{row}.safetensors", {
             "predicted": np.concatenate(predicted),
             "label": np.concatenate([reader.labels for reader in readers]),
             "session": np.repeat(np.arange(1, row + 1, dtype=np.int32), [*map(len, predicted)])},
             {"kind": "predictions", "classes": [*self.stream.classes],
-             "clips": [clip.id for reader in readers for clip in reader.split.clips]})
+             "clips": [clip.id for reader in readers for clip in reader.split.clips]}))
 
     @functools.cached_property
     def _scores(self) -> dict:
@@ -205,14 +206,15 @@ class Run:
 
     def keep_gallery(self, row: int, embedded: TaskEmbeddings) -> None:
         """Stores the measured split of the task that row `row` follows, for the stale index."""
-        save_tree(self._gallery(row), {"audio": embedded.audio, "text": embedded.text},
-                  {"kind": "gallery", "task": self.stream.tasks[row - 1].name})
+        hosts.on_first(lambda: save_tree(
+            self._gallery(row), {"audio": embedded.audio, "text": embedded.text},
+            {"kind": "gallery", "task": self.stream.tasks[row - 1].name}))
 
     def galleries(self, row: int) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """(audio, text) of every task as stored at its end, up to row `row`; None: not stored."""
         stored: list = [None] * len(self.tests)
         for task in range(row):
-            if self._gallery(task + 1).exists():
+            if hosts.ask_first(self._gallery(task + 1).exists):
                 tree, _ = load_tree(self._gallery(task + 1))
                 stored[task] = tree["audio"], tree["text"]
         return stored
@@ -235,11 +237,12 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
     """
     mesh = sharding.make_mesh(**config["mesh"])
     settings.check(config, sharding.row_parts(mesh))
-    stream = build_stream(settings.stream_spec(config))
+    stream = hosts.first_then_others(lambda: build_stream(settings.stream_spec(config)))
     # A model of audio alone is pretrained on any stream.
     kind = len(stream.classes) if stream.classes or config["model"]["text"] else None
     method = methods.build(config["method"], len(stream.tasks), kind)
     backbone = prepare_backbone(config, stream, workdir, pretrain)
+    hosts.check_same(lambda: backbone.sha256, "the backbone")
     if stream.classes:
         backbone = backbone.with_classes(len(stream.classes))
     tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]),
@@ -250,13 +253,14 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
 
 def read(config: dict, tokenizer: pathlib.Path | None, split: Split, classes=()) -> SplitReader:
     """A reader of a split; tells of the clips that `data.on_error=skip` leaves out."""
-    reader = SplitReader(split, tokenizer and Tokenizer.load(tokenizer),
-                         settings.data_settings(config["data"]), classes)
+    # The first host computes the features that are kept, the others find them.
+    reader = hosts.first_then_others(lambda: SplitReader(
+        split, tokenizer and Tokenizer.load(tokenizer), settings.data_settings(config["data"]),
+        classes))
     for problem in reader.problems:
-        print(f"skipped {split.corpus}/{split.name}: {problem.message}", file=sys.stderr)
+        hosts.say(f"skipped {split.corpus}/{split.name}: {problem.message}")
     if reader.problems:
-        print(f"skipped {len(reader.problems)} clips of {split.corpus}/{split.name}",
-              file=sys.stderr)
+        hosts.say(f"skipped {len(reader.problems)} clips of {split.corpus}/{split.name}")
     return reader
 
 
@@ -274,7 +278,7 @@ def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,
     """
     kind = config["backbone"]["kind"]
     if config["model"]["checkpoint"]:
-        return _from_checkpoint(config)
+        return hosts.together(lambda: _from_checkpoint(config))
     if kind == "checkpoint":
         raise ValueError("model.checkpoint is empty; pass --config.model.checkpoint=DIR, a "
                          "checkpoint folder or WORKDIR/backbone of a pretraining run")
@@ -285,9 +289,9 @@ def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,
     model, tokenizer = settings.described_model(config), workdir / "tokenizer.json"
     if model.text is None:
         tokenizer = None
-    elif not tokenizer.exists():
+    elif hosts.ask_first(lambda: not tokenizer.exists()):
         captions = [caption for task in stream.tasks for caption in task.train.captions]
-        Tokenizer.train(captions, model.text.vocab_size).save(tokenizer)
+        hosts.on_first(lambda: Tokenizer.train(captions, model.text.vocab_size).save(tokenizer))
     mean, var = settings.mel_statistics(
         read(config, tokenizer, stream.tasks[0].train, stream.classes),
         config["eval"]["batch_size"])
@@ -319,14 +323,21 @@ def _pretrained(config: dict, pretrain: Callable | None) -> Backbone:
         {k: inner["data"][k] for k in ("log_mel", "window_seconds", "max_tokens")},
         settings.corpus_hash(build_stream(settings.stream_spec(inner))))
     folder = pathlib.Path(config["data"]["cache_dir"]) / "backbones" / digest
-    if not (folder / "backbone" / backbones.WEIGHTS).exists():
+    if hosts.ask_first(lambda: not (folder / "backbone" / backbones.WEIGHTS).exists()):
         if pretrain is None:
             raise ValueError(f"{folder / 'backbone'}: no such backbone; expected the one that the "
                              "run was trained on, in the cache of config.data.cache_dir")
-        print(f"pretraining the backbone in {folder} (once)", file=sys.stderr)
+        hosts.say(f"pretraining the backbone in {folder} (once)")
         pretrain(inner, folder)
     return dataclasses.replace(backbones.load(folder / "backbone"),
                                name=f"{stream_name(inner)}-{digest}")
+
+
+def _check_same(state: State) -> None:
+    """Of what a method computed on the hosts: all must have come to the same."""
+    local = [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "is_fully_addressable", True)]
+    hosts.check_same(lambda: tree_hash({str(n): leaf for n, leaf in enumerate(local)}),
+                     "what the method computed between steps")
 
 
 def _frozen_on_devices(method: Method, backbone: Backbone, mesh: Mesh):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import sys
 
 import jax
 import numpy as np
@@ -15,14 +14,22 @@ from data_pipelines.batches import DataSettings
 from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.log_mel import LogMelSettings
 from tail_jax import backbone as backbones
+from tail_jax import hosts
 from tail_jax.cli import plain
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training.optimizers import OptimizerConfig, parse_duration
 from tail_jax.training.step import REMAT
 
 
-def start_jax() -> None:
-    """Turns the persistent compilation cache on: the second run of a shape starts at once."""
+def start_jax(many_hosts: bool = False) -> None:
+    """Turns the persistent compilation cache on: the second run of a shape starts at once.
+
+    With `many_hosts` it joins those that the environment names (`hosts.join`).
+
+    Raises:
+        ValueError: if they cannot be joined, or this command runs on one host only.
+    """
+    (hosts.join if many_hosts else hosts.refuse)()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR",
                            os.path.expanduser("~/.cache/tail_jax/compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -108,8 +115,8 @@ def with_checkpoint(config: dict) -> dict:
     after = front["log_mel"] | {"window_seconds": front["window_seconds"]}
     changes = [f"{k} {before.get(k)!r} -> {after[k]!r}" for k in after if before.get(k) != after[k]]
     if changes:
-        print(f"{path}: its front end replaces that of the configuration: {', '.join(changes)}",
-              file=sys.stderr)
+        hosts.say(f"{path}: its front end replaces that of the configuration: "
+                  f"{', '.join(changes)}")
     kept = {k: config["model"][k] for k in ("dtype", "checkpoint")}
     return config | {"model": plain(model.to_dict()) | kept, "data": config["data"] | front}
 

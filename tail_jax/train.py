@@ -17,7 +17,6 @@ import platform
 import resource
 import shutil
 import statistics
-import sys
 import time
 from typing import Any, Callable
 
@@ -27,7 +26,7 @@ from absl import flags
 
 from data_pipelines.batches import SplitReader, merge_splits
 from tail_jax import backbone as backbones
-from tail_jax import cli, settings
+from tail_jax import cli, hosts, settings
 from tail_jax.evaluation.classification import summarize_pooled
 from tail_jax.evaluation.continual import summarize
 from tail_jax.methods.base import State
@@ -39,6 +38,7 @@ from tail_jax.training.checkpoints import Checkpoints, save_tree
 from tail_jax.training.kept import NOTHING, Kept, Limits, keep
 from tail_jax.training.loop import STEP_KEYS, Diverged, Preempted, TaskLoop, watch_signals
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, parse_duration
+from tail_jax.training.sharding import local_rows, to_host
 from tail_jax.training.step import make_train_step
 from tail_jax.training.task_data import TaskData
 from tail_jax.tuning.masks import count
@@ -53,8 +53,9 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
         Preempted: after SIGTERM, with the state saved.
     """
     workdir, config = pathlib.Path(workdir), settings.with_checkpoint(config)
-    cli.check_config(workdir, config)
-    if (workdir / "results.json").exists():
+    hosts.on_first(lambda: cli.check_config(workdir, config))
+    hosts.together(lambda: cli.check_config(workdir, config, write=False))
+    if hosts.ask_first((workdir / "results.json").exists):
         return read_results(workdir)
     began = time.monotonic()
 
@@ -79,9 +80,8 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
     } | (checkpoints.progress() or {})
     if progress["number"]:
         state, opt_state = unpack(checkpoints.restore(pack(state, opt_state)), opt_state)
-        print(f"{workdir}: resumes at task {progress['task'] + 1}, step {progress['step']}",
-              file=sys.stderr)
-    metrics = JsonLinesWriter(workdir / "metrics.jsonl", resume_step=progress["global_step"])
+        hosts.say(f"{workdir}: resumes at task {progress['task'] + 1}, step {progress['step']}")
+    metrics = Metrics(workdir / "metrics.jsonl", progress["global_step"])
     seconds_before = progress["total_seconds"]
     total_seconds = lambda: seconds_before + time.monotonic() - began
 
@@ -127,22 +127,43 @@ def train(config: dict, workdir: pathlib.Path) -> dict:
             if run.method.trains:
                 save_tuning(run, task, run.method.stored(state))
             save(state, opt_state, task=number + 1, stage=0, step=0)
-            if stop() and number + 1 < len(plan):
+            if number + 1 < len(plan) and hosts.any_host(stop()):
                 raise Preempted(143)
     metrics.close()
     checkpoints.close()
 
     # --- Results ----------------------------------------------------------------------------------
     if run.method.trains and not run.frozen:  # the backbone itself was trained
-        params, _ = run.method.resolve(run.model, jax.device_get(state["trainable"]), {})
-        backbones.save_backbone(workdir / "backbone", dataclasses.replace(
-            run.backbone, name=config["method"]["name"], params=params, stored_hash=""))
+        params, _ = run.method.resolve(run.model, to_host(state["trainable"]), {})
+        hosts.on_first(lambda: backbones.save_backbone(workdir / "backbone", dataclasses.replace(
+            run.backbone, name=config["method"]["name"], params=params, stored_hash="")))
     results = summary(run, state, progress)
     results["trace_count"] = step.traces
     results["wall_seconds"]["total"] = total_seconds()
-    write_json_atomic(workdir / "results.json", results)
-    shutil.rmtree(workdir / "checkpoints")  # nothing is left to resume, and some are large
+    def end():
+        write_json_atomic(workdir / "results.json", results)
+        shutil.rmtree(workdir / "checkpoints")  # nothing is left to resume, and some are large
+
+    hosts.on_first(end)
     return read_results(workdir)
+
+
+class Metrics:
+    """`metrics.jsonl`, which the first host writes (see `JsonLinesWriter`)."""
+
+    def __init__(self, path: pathlib.Path, step: int):
+        self._writer = hosts.together(
+            lambda: JsonLinesWriter(path, resume_step=step) if hosts.is_first() else None)
+
+    def write(self, step: int, **values) -> None:
+        """Appends a row."""
+        if self._writer:
+            self._writer.write(step, **values)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer:
+            self._writer.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,16 +266,24 @@ def train_stage(run: Run, task: Task, number: int, stage: int, state: State, opt
 
 def training_batches(run: Run, task: Task, number: int, state: State, kept: Kept,
                      start_step: int):
-    """The batches of a task from `start_step` on, with their rows of what is kept."""
+    """This host's rows of the batches of a task from `start_step` on, with those of what is kept.
+
+    A batch is the reader's rows and, after them, those of the memory, on however many hosts.
+    """
     seed = int(np.random.SeedSequence([run.config["seed"], number]).generate_state(1)[0])
-    size, hosts = run.config["train"]["batch_size"], jax.process_count()
+    size = run.config["train"]["batch_size"]
     replayed = run.method.replay_rows(state, size)
-    batches = task.reader.train_batches(size - replayed, seed, start_step, jax.process_index(),
-                                        hosts)
+    rows, read, chosen = local_rows(run.mesh, size), None, slice(None)
+    if rows is not None:  # each draws all rows of the memory, and takes its own
+        read = rows[rows < size - replayed]
+        read = read if len(read) else np.array([0])  # a batch is drawn for, and not used
+        new = np.searchsorted(rows, size - replayed)
+        chosen = np.concatenate([np.arange(new), rows[new:] - (size - replayed) + len(read)])
+    batches = task.reader.train_batches(size - replayed, seed, start_step, read)
     for step, batch in enumerate(batches, start_step):
-        random = np.random.default_rng([seed, step, jax.process_index()])
-        yield run.method.replay(state, batch | kept.rows(batch), replayed // hosts, task.reader,
-                                random)
+        random = np.random.default_rng([seed, step])
+        batch = run.method.replay(state, batch | kept.rows(batch), replayed, task.reader, random)
+        yield {name: values[chosen] for name, values in batch.items()}
 
 
 def measure(run: Run, progress: dict, row: int, state: State) -> None:
@@ -273,11 +302,15 @@ def save_tuning(run: Run, task: Task, tree: dict) -> None:
     header = {"kind": "tuning", "method": method, "task": task.name,
               "backbone": run.backbone.name, "backbone_sha256": run.backbone.sha256,
               "model": run.model.to_dict()}
-    folder = run.workdir / "tuning"
-    save_tree(folder / f"task_{task.row}.safetensors", jax.device_get(tree), header)
-    if run.config["train"]["tuning_files"] == "last":
-        for row in range(1, task.row):
-            (folder / f"task_{row}.safetensors").unlink(missing_ok=True)
+    tree, folder = to_host(tree), run.workdir / "tuning"
+
+    def write():
+        save_tree(folder / f"task_{task.row}.safetensors", tree, header)
+        if run.config["train"]["tuning_files"] == "last":
+            for row in range(1, task.row):
+                (folder / f"task_{row}.safetensors").unlink(missing_ok=True)
+
+    hosts.on_first(write)
 
 
 def pack(state: State, opt_state: Any) -> dict:
@@ -306,7 +339,7 @@ def summary(run: Run, state: State, progress: dict) -> dict:
     if run.stream.classes:
         sizes = [len(reader.split.clips) for reader in run.tests]
         summaries["accuracy/pooled"] = summarize_pooled(matrices["accuracy/seen"], sizes)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     total = count(run.backbone.params, BUFFERS)
     return {
@@ -335,16 +368,17 @@ def summary(run: Run, state: State, progress: dict) -> dict:
 
 def main() -> None:
     """The command."""
-    settings.start_jax()
+    settings.start_jax(many_hosts=True)
     workdir = pathlib.Path(flags.FLAGS.workdir)
     try:
         results = train(cli.plain(flags.FLAGS.config), workdir)
     except Diverged as error:
         cli.fail(error, 3)
     except Preempted:
-        print(f"{workdir}: stopped by a signal, the state is saved; the same command resumes",
-              file=sys.stderr)
+        hosts.say(f"{workdir}: stopped by a signal, the state is saved; the same command resumes")
         raise
+    if not hosts.is_first():
+        return
     if "accuracy/seen" in results["matrices"]:
         print("accuracy in % among the classes seen, on every session after each:")
         print(tables.matrix_text(results["matrices"]["accuracy/seen"], results["tasks"]))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from tail_jax.training.sharding import by_row, put_batch, replicated
+from tail_jax.training.sharding import by_row, local_rows, put_batch, replicated
+from tail_jax.training.task_data import NUMBERS
 
 # What the functions read of a batch.
-AUDIO = ("audio", "mask")
-TEXT = ("token_ids", "token_mask", "mask")
+AUDIO = ("audio", "clip_id", "mask")
+TEXT = ("token_ids", "token_mask", "caption_id", "mask")
 
 
 class Embedder:
@@ -24,8 +25,10 @@ class Embedder:
         here, rows = replicated(mesh), by_row(mesh)
 
         def compiled(function):
-            run = lambda trainable, frozen, aux, batch: function(
-                model, trainable, frozen, aux, batch)
+            def run(trainable, frozen, aux, batch):
+                numbers = {name: batch[name] for name in NUMBERS if name in batch}
+                return function(model, trainable, frozen, aux, batch), numbers
+
             return jax.jit(run, in_shardings=(None, None, None, rows), out_shardings=here)
 
         self._model = model
@@ -51,7 +54,8 @@ class Embedder:
         """
         rows, shape = self._batch, jax.ShapeDtypeStruct
         batch = self._model.input_shapes(rows, max_tokens) | {
-            "audio": shape((rows, *audio_shape), np.float32), "mask": shape((rows,), np.bool_)}
+            "audio": shape((rows, *audio_shape), np.float32), "mask": shape((rows,), np.bool_),
+            "clip_id": shape((rows,), np.int32), "caption_id": shape((rows,), np.int32)}
         function, keys = {"embed_audio": (self._audio, AUDIO), "embed_text": (self._text, TEXT),
                           "scores": (self._scores, AUDIO)}[name]
         return function.lower(trainable, frozen, aux, {key: batch[key] for key in keys})
@@ -60,22 +64,28 @@ class Embedder:
         """(sum over the chunks of each clip, [clips, k]; number of its chunks)."""
         clips, total = len(reader.split.clips), None
         count = np.zeros(clips, np.int32)
-        for batch in reader.audio_batches(self._batch, training=training):
-            row = self._run(function, *state, batch, AUDIO)
+        for batch in reader.audio_batches(self._batch, training=training, rows=self._rows):
+            row, number = self._run(function, *state, batch, AUDIO)
             if total is None:
                 total = np.zeros((clips, row.shape[1]), np.float32)
-            np.add.at(total, batch["clip_id"][batch["mask"]], row[batch["mask"]])
-            np.add.at(count, batch["clip_id"][batch["mask"]], 1)
+            clip = number["clip_id"][number["mask"]]
+            np.add.at(total, clip, row[number["mask"]])
+            np.add.at(count, clip, 1)
         return total, count
 
     def text(self, reader, trainable, frozen, aux) -> np.ndarray:
         """[captions, d]."""
         out = np.zeros((len(reader.split.captions), self._dimension), np.float32)
-        for batch in reader.text_batches(self._batch):
-            row = self._run(self._text, trainable, frozen, aux, batch, TEXT)
-            out[batch["caption_id"][batch["mask"]]] = row[batch["mask"]]
+        for batch in reader.text_batches(self._batch, rows=self._rows):
+            row, number = self._run(self._text, trainable, frozen, aux, batch, TEXT)
+            out[number["caption_id"][number["mask"]]] = row[number["mask"]]
         return out
 
+    @property
+    def _rows(self):
+        return local_rows(self._mesh, self._batch)
+
     def _run(self, function, trainable, frozen, aux, batch, keys):
+        """(rows, {name: what `NUMBERS` says of them}), of all hosts."""
         device_batch = put_batch({k: batch[k] for k in keys}, self._mesh)
-        return np.asarray(function(trainable, frozen, aux, device_batch))
+        return jax.device_get(function(trainable, frozen, aux, device_batch))

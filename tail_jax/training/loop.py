@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from tail_jax import hosts
 from tail_jax.training.sharding import put_batch
 
 # What the step reads of a batch; the rest (clip names, say) stays on the host.
@@ -52,13 +53,13 @@ def watch_signals() -> Iterator[Callable[[], bool]]:
 
 
 class Progress:
-    """A tqdm bar on a terminal, otherwise a plain line every few seconds."""
+    """A tqdm bar on a terminal, otherwise a plain line every few seconds; of the first host."""
 
     def __init__(self, title: str, total: int, start: int = 0, every_seconds: float = 20.0):
         self._title, self._total, self._start, self._every = title, total, start, every_seconds
         self._began = self._last = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and hosts.is_first():
             self._bar = tqdm(total=total, initial=start, desc=title, unit="step", leave=False)
 
     def update(self, done: int, loss: float) -> None:
@@ -71,9 +72,8 @@ class Progress:
         if done == self._total or now - self._last >= self._every:
             self._last = now
             rate = (done - self._start) / max(now - self._began, 1e-9)
-            print(f"{self._title}: step {done}/{self._total}, {rate:.2f} steps/s, "
-                  f"{(self._total - done) / max(rate, 1e-9):.0f} s left, loss {loss:.3f}",
-                  file=sys.stderr, flush=True)
+            hosts.say(f"{self._title}: step {done}/{self._total}, {rate:.2f} steps/s, "
+                      f"{(self._total - done) / max(rate, 1e-9):.0f} s left, loss {loss:.3f}")
 
     def close(self) -> None:
         """Removes the bar."""
@@ -93,7 +93,7 @@ class TaskLoop:
         save: called with (step, trainable, opt_state) to write a checkpoint.
         refresh: called with (step, trainable) before each step, the `aux` that it gets; None for
             the same all the time.
-        stop: tells whether to save and leave.
+        stop: tells whether to save and leave; all hosts do so at the same step.
         clip_name: name of a `clip_id`, for messages.
         log_every: steps between metrics on disk.
         save_seconds: longest time between checkpoints.
@@ -125,7 +125,7 @@ class TaskLoop:
         """
         pending: collections.deque = collections.deque()
         progress = Progress(title, total, start)
-        saved, ended = time.monotonic(), None
+        saved, ended, agreed = time.monotonic(), None, hosts.Agreement(self.mesh)
 
         def settle(keep: int) -> None:
             nonlocal ended
@@ -154,12 +154,13 @@ class TaskLoop:
                     trainable, opt_state, frozen, aux, mask, device_batch, self.key, position)
                 pending.append((number, metrics, batch))
                 settle(keep=1)
-                due = time.monotonic() - saved > self.save_seconds
-                if due or self.stop():
+                due, stop = agreed(time.monotonic() - saved > self.save_seconds, self.stop())
+                if due or stop:
                     settle(keep=0)  # never save a state that has not been seen to be finite
                     self.save(number + 1, trainable, opt_state)
                     saved = time.monotonic()
-                    if self.stop():
+                    agreed.forget()
+                    if stop:
                         raise Preempted(143)
             settle(keep=0)
         finally:

@@ -119,8 +119,19 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(row_axes(mesh)))
 
 
+def local_rows(mesh: Mesh, size: int) -> np.ndarray | None:
+    """The rows of a batch of `size` that lie on this host's devices, int [n]; None: all of them.
+
+    They need not follow each other, and where `model` spans hosts, several have the same ones.
+    """
+    if jax.process_count() == 1:
+        return None
+    places = by_row(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in places]))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this host's rows of a batch."""
+    """Global arrays from this host's rows of a batch (`local_rows`)."""
     sharding = by_row(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
@@ -131,5 +142,36 @@ def place(tree, mesh: Mesh):
 
 
 def put_tree(tree, shardings):
-    """Copies a tree to the devices; the result never aliases its source."""
-    return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), shardings)
+    """Copies a tree to the devices; the result never aliases its source.
+
+    It is the same on every host: each puts its parts on its own devices.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), shardings)
+
+    def put(x, sharding):  # `device_put` would send all of it to all hosts, to compare
+        x = np.array(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def move(tree, shardings):
+    """A tree of arrays, on the devices or not, as these shardings say; the same on every host."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    place = lambda x, sharding: (
+        jax.device_put(x, sharding) if isinstance(x, jax.Array) and not x.is_fully_addressable
+        else put_tree(x, sharding))
+    return jax.tree.map(place, tree, shardings)
+
+
+def to_host(tree):
+    """A tree of NumPy arrays, whole on every host, wherever the parts of the arrays lie."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return jax.device_put(x, replicated(x.sharding.mesh))
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))

@@ -11,7 +11,10 @@ import numpy as np
 
 from data_pipelines.batches import SplitReader
 from tail_jax.training.kept import NOTHING, Kept
-from tail_jax.training.sharding import by_row, put_batch, replicated
+from tail_jax.training.sharding import by_row, local_rows, put_batch, replicated
+
+# What says which clips or captions the rows of a batch are.
+NUMBERS = ("clip_id", "caption_id", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +43,15 @@ class TaskData:
 
     def batches(self, count: int) -> Iterator[dict]:
         """`count` training batches in an order of their own, on the devices."""
-        batches = self.reader.train_batches(self.batch_size, self.seed)
+        batches = self.reader.train_batches(self.batch_size, self.seed, rows=self._rows)
         keys = ("audio", "token_ids", "token_mask", "clip_id", "caption_key", "label", "mask")
         for _ in range(count):
             batch = next(batches)
             yield put_batch({k: batch[k] for k in keys if k in batch}, self.mesh)
+
+    @property
+    def _rows(self) -> np.ndarray | None:
+        return local_rows(self.mesh, self.batch_size)
 
     @property
     def labels(self) -> np.ndarray:
@@ -58,7 +65,7 @@ class TaskData:
         function may give a tree of such arrays. With `out`, arrays of the result's shapes, values
         go there batch by batch: they may be more than memory holds.
         """
-        batches = self.reader.audio_batches(self.batch_size, training=True)
+        batches = self.reader.audio_batches(self.batch_size, training=True, rows=self._rows)
         batches = (batch | self.kept.rows(batch) for batch in batches)
         keys = ("audio", "clip_id", "mask", *self.kept.arrays)
         return self._map(function, state, batches, "clip_id", keys, out)
@@ -70,16 +77,17 @@ class TaskData:
         included (`batch["mask"]`): sums over clips, of which one a clip would not fit in memory.
         """
         run, total = _compiled(function, self.model, self.mesh), None
-        for batch in self.reader.audio_batches(self.batch_size, training=True):
+        for batch in self.reader.audio_batches(self.batch_size, training=True, rows=self._rows):
             rows = put_batch({k: batch[k] for k in ("audio", "clip_id", "mask")}, self.mesh)
-            total = merge(total, run(state["trainable"], self.frozen, state["aux"], rows))
+            part, _ = run(state["trainable"], self.frozen, state["aux"], rows)
+            total = merge(total, part)
         return total
 
     def map_text(self, function: Callable, state: dict, out: Any = None) -> Any:
         """The same of every caption, [captions, ...]."""
-        batches = self.reader.text_batches(self.batch_size)
+        batches = self.reader.text_batches(self.batch_size, rows=self._rows)
         return self._map(function, state, batches, "caption_id",
-                         ("token_ids", "token_mask", "mask"), out)
+                         ("token_ids", "token_mask", "caption_id", "mask"), out)
 
     def map_rows(self, function: Callable, state: dict, audio: np.ndarray) -> np.ndarray:
         """The same of audio [n, frames, mels] from elsewhere, of a memory, say; n > 0."""
@@ -87,14 +95,19 @@ class TaskData:
             for start in range(0, len(audio), self.batch_size):
                 rows = np.arange(start, min(start + self.batch_size, len(audio)), dtype=np.int32)
                 missing = self.batch_size - len(rows)
-                yield {"audio": np.pad(audio[rows], ((0, missing), (0, 0), (0, 0))),
-                       "clip_id": np.pad(rows, (0, missing)),
-                       "mask": np.arange(self.batch_size) < len(rows)}
+                batch = {"audio": np.pad(audio[rows], ((0, missing), (0, 0), (0, 0))),
+                         "clip_id": np.pad(rows, (0, missing)),
+                         "mask": np.arange(self.batch_size) < len(rows)}
+                yield batch if self._rows is None else {
+                    name: values[self._rows] for name, values in batch.items()}
 
         return self._map(function, state, batches(), "clip_id", ("audio", "clip_id", "mask"))
 
     def clips(self, rows: np.ndarray) -> np.ndarray:
-        """Audio [n, frames, mels] of these rows of `reader.split.clips`, as training sees it."""
+        """Audio [n, frames, mels] of these rows of `reader.split.clips`, as training sees it.
+
+        Every host reads all of it.
+        """
         out = np.zeros((len(rows), *self.reader.settings.audio_shape), np.float32)
         for batch in self.reader.audio_batches(self.batch_size, training=True):
             place = {int(c): i for i, c in enumerate(batch["clip_id"]) if batch["mask"][i]}
@@ -111,10 +124,11 @@ class TaskData:
                 whole[ids] = part
 
         for batch in batches:
-            rows = run(state["trainable"], self.frozen, state["aux"],
-                       put_batch({k: batch[k] for k in keys if k in batch}, self.mesh))
-            part = (batch[id_key][batch["mask"]],
-                    jax.tree.map(lambda x: np.asarray(x)[batch["mask"]], rows))
+            rows, numbers = run(state["trainable"], self.frozen, state["aux"],
+                                put_batch({k: batch[k] for k in keys if k in batch}, self.mesh))
+            numbers = jax.device_get(numbers)  # of all hosts' rows
+            part = (numbers[id_key][numbers["mask"]],
+                    jax.tree.map(lambda x: np.asarray(x)[numbers["mask"]], rows))
             if out is None:
                 parts.append(part)
             else:
@@ -128,6 +142,13 @@ class TaskData:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(function, model, mesh):
-    """Kept, so that a function (the hook of a method, say) is compiled once for all tasks."""
-    return jax.jit(lambda *args: function(model, *args),
-                   in_shardings=(None, None, None, by_row(mesh)), out_shardings=replicated(mesh))
+    """(what the function gives, {name: the batch's numbers of its rows}), of all hosts' rows.
+
+    Kept, so that a function (the hook of a method, say) is compiled once for all tasks.
+    """
+    def run(trainable, frozen, aux, batch):
+        numbers = {name: batch[name] for name in NUMBERS if name in batch}
+        return function(model, trainable, frozen, aux, batch), numbers
+
+    return jax.jit(run, in_shardings=(None, None, None, by_row(mesh)),
+                   out_shardings=replicated(mesh))

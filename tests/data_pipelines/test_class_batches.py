@@ -78,7 +78,7 @@ def test_hosts_share_and_resume_batches_of_classes(stream):
     )
     reader = SplitReader(stream.tasks[0].train, None, settings, stream.classes)
     whole = take(reader.train_batches(4, seed=3), 4)
-    shares = [take(reader.train_batches(4, 3, 2, host, 2), 2) for host in range(2)]
+    shares = [take(reader.train_batches(4, 3, 2, rows), 2) for rows in ([0, 1], [2, 3])]
     for step, batch in enumerate(whole[2:]):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([s[step][name] for s in shares]), array)

@@ -50,7 +50,7 @@ class Reader:
         noise = random.normal(size=(SIZES[session], 16, 8))
         self.audio = (-4 + 9 * (patterns[self.labels] + noise)).astype(np.float32)
 
-    def audio_batches(self, size, training=False):
+    def audio_batches(self, size, training=False, rows=None):
         for start in range(0, len(self.labels), size):
             rows = np.arange(start, min(start + size, len(self.labels)))
             pad = lambda x: np.concatenate([x[rows], np.zeros((size - len(rows), *x.shape[1:]),

@@ -74,7 +74,7 @@ def run(method, mesh, accumulation=1, steps=3):
             jnp.asarray([number, steps], jnp.int32))
         losses.append(float(metrics["loss"]))
     embedder = Embedder(model, method, mesh, ROWS)
-    parts = [embedder._run(f, trainable, frozen, state["aux"], batch, (*keys, "mask"))
+    parts = [embedder._run(f, trainable, frozen, state["aux"], batch, (*keys, "mask"))[0]
              for f, keys in ((embedder._audio, ["audio"]),
                              (embedder._text, ["token_ids", "token_mask"]))]
     params = frozen or trainable

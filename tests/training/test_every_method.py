@@ -13,6 +13,7 @@ from tail_jax.evaluate import evaluate
 from tail_jax.methods.ablations import VARIANTS
 from tail_jax.methods.full import Sequential
 from tail_jax.training.checkpoints import load_tree, tree_hash
+from tail_jax.training.loop import TaskLoop
 from tail_jax.training.step import TrainStep
 from tail_jax.train import make_plan, train
 
@@ -60,10 +61,9 @@ def runs(tiny_config, tiny_classes_config, tmp_path_factory):
                 plan.extend([steps for _, steps in task.stages] for task in tasks)
                 return tasks
 
-            with watched_steps() as calls, pytest.MonkeyPatch.context() as patch:
+            with (watched_steps() as calls, kept_step(calls, plan, workdir),
+                  pytest.MonkeyPatch.context() as patch):
                 patch.setattr(train_module, "make_plan", planned)
-                patch.setattr(train_module, "watch_signals",
-                              lambda: kept_step(calls, plan, workdir))
                 done[case] = config, workdir, train(config, workdir), calls, plan
         return done[case]
 
@@ -72,17 +72,26 @@ def runs(tiny_config, tiny_classes_config, tmp_path_factory):
 
 @contextlib.contextmanager
 def kept_step(calls, plan, workdir):
-    """Signals as the trainer watches them: one that has it save a step, and then does not stop."""
-    asked = []
+    """Has the trainer save the last step but one, and keeps a copy of what a kill would leave."""
+    original = TaskLoop.run
 
-    def stop():
-        if len(calls) == sum(map(sum, plan)) - 1:
-            asked.append(1)
-            if len(asked) == 2:
+    def run(loop, *args):
+        total = sum(map(sum, plan))
+
+        def stop():
+            if total - len(calls) <= 2:
+                loop.save_seconds = -1.0  # from the next step on
+            if len(calls) == total:
                 shutil.copytree(workdir, workdir.with_name(f"{workdir.name}_killed"))
-        return len(asked) == 1
+            return False
 
-    yield stop
+        loop.stop = stop
+        stop()
+        return original(loop, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskLoop, "run", run)
+        yield
 
 
 @contextlib.contextmanager
