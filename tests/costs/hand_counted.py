@@ -82,5 +82,7 @@ def sizes():
 if __name__ == "__main__":
     both, data = sharding.make_mesh(4, 2), sharding.make_mesh(8, 1)
     lowered = collectives(both) | product(both) | steps(data)
-    print(json.dumps({"sizes": sizes()} | {
+    config = cli.plain(tiny.get_config())
+    batch = config["train"]["batch_size"], config["model"]["embedding"]
+    print(json.dumps({"sizes": sizes(), "batch": batch} | {
         name: programs.measure(program.compile()) for name, program in lowered.items()}))
