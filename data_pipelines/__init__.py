@@ -80,3 +80,16 @@ def progress(items, total: int, what: str):
     return tqdm.tqdm(
         items, total=total, desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, disable=None
     )
+
+
+def padded_lengths(first: int, last: int, steps: int) -> list[int]:
+    """Lengths that inputs are padded to: (1 + i / steps) 2^k times `first`, up to `last`.
+
+    But in the first, at most one part in `steps` is padding, half of that if lengths are spread
+    evenly; every length is a program that has to be compiled.
+    """
+    lengths, size = [], first
+    while size < last:
+        lengths += [size * (steps + i) // steps for i in range(steps)]
+        size *= 2
+    return [length for length in lengths if length < last] + [last]

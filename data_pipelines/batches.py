@@ -1,12 +1,13 @@
 """A split -> batches of NumPy arrays: training pairs, evaluation clips, evaluation captions."""
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_pipelines import iterate, load_tensorflow
+from data_pipelines import iterate, load_tensorflow, padded_lengths
 from data_pipelines.audio import (
     AudioError,
     AudioProblem,
@@ -25,6 +26,8 @@ Batch = dict[str, np.ndarray]
 
 _ENDLESS = np.iinfo(np.int64).max
 _PREFETCHED_BATCHES = 2
+# Rows of tokens have 32, 48, 64, 96, ... entries; each length is a program.
+_SHORTEST_TOKENS, _TEXT_STEPS = 32, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class DataSettings:
       log_mel: the front end.
       window_seconds: length of the audio of a row; shorter clips are filled up as `log_mel.fill`
         says.
-      max_tokens: length of a row of tokens, begin and end included.
+      max_tokens: of a caption, begin and end included; longer ones are cut.
       max_chunks: most rows of a clip in evaluation.
       cache_dir: folder for features and audio checks; None computes features for each batch.
       cache_bytes: largest feature file of one split; a larger split computes features for each
@@ -152,6 +155,7 @@ class SplitReader:
         if tokenizer is not None:
             texts, pair_clip = self.split.captions, self.split.caption_clip
             self.token_ids, self.token_mask = tokenizer.encode(texts, settings.max_tokens)
+            self._tokens = self.token_mask.sum(1)
             self.caption_key = caption_keys(texts)
         self.pairs = np.stack([pair_clip, np.arange(len(pair_clip), dtype=np.int32)], axis=1)
 
@@ -165,6 +169,7 @@ class SplitReader:
         seed: int,
         start_step: int = 0,
         rows: np.ndarray | None = None,
+        whole_text: bool = False,
     ) -> Iterator[Batch]:
         """Yields training batches without end, one (clip, caption) pair per row.
 
@@ -177,10 +182,12 @@ class SplitReader:
           seed: of order, crops and masks.
           start_step: steps done before.
           rows: int [n], the rows of each global batch that this host reads; None is all, n = B.
+          whole_text: rows of tokens have `max_tokens` entries in every batch.
 
         Yields:
           audio [n, frames, mels] float32; with a tokenizer token_ids [n, tokens] int32,
-          token_mask bool, caption_id, caption_key [n] int32; with classes label [n] int32;
+          token_mask bool (`tokens` is one of few lengths that holds the longest caption of the
+          global batch), caption_id, caption_key [n] int32; with classes label [n] int32;
           clip_id [n] int32; mask [n] bool, False on the rows that fill the last batch of an
           epoch, which are zero in all arrays. The audio is read-only.
         """
@@ -192,7 +199,7 @@ class SplitReader:
         steps_per_epoch = self.steps_per_epoch(batch_size)
         rows = self._rows(self._train_key)
 
-        def place(step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        def place(step: int, share=share) -> tuple[int, np.ndarray, np.ndarray]:
             """Returns epoch, pairs [local] (0 on padding) and mask [local]."""
             epoch, index = divmod(int(step), steps_per_epoch)
             place, mask = _slots(index, batch_size, len(self.pairs), share)
@@ -201,7 +208,11 @@ class SplitReader:
         def fields(step: int) -> Batch:
             _, pairs, mask = place(step)
             clip, caption = self.pairs[pairs].T
-            arrays = {} if self.token_ids is None else self._text(caption)
+            arrays = {}
+            if self.token_ids is not None:
+                _, everywhere, used = place(step, np.arange(batch_size))
+                together = None if whole_text else self.pairs[everywhere[used], 1]
+                arrays = self._text(caption, together)
             if self.labels is not None:
                 arrays["label"] = self.labels[clip]
             return _masked(mask, clip_id=clip, **arrays)
@@ -289,26 +300,32 @@ class SplitReader:
         )
 
     def text_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """Yields every caption once, in order.
+        """Yields every caption once, short ones first: little of a batch is padding.
 
         Yields:
           token_ids, token_mask [n, tokens]; caption_id, caption_key [n] int32; mask [n] bool, False
-          on the rows that fill the last batch; `rows` as in `train_batches`.
+          on the rows that fill the last batch; `rows` and `tokens` as in `train_batches`.
         """
         share = _share(batch_size, rows)
         if self.token_ids is None:
             raise ValueError(f"corpus '{self.split.corpus}' is read without a tokenizer: no text")
-        total = len(self.split.captions)
+        order = np.argsort(self._tokens, kind="stable").astype(np.int32)
         # Slices of arrays in memory: tf.data would only add threads and copies.
-        for step in range(_ceil_divide(total, batch_size)):
-            caption, mask = _slots(step, batch_size, total, share)
-            yield _masked(mask, **self._text(caption))
+        for step in range(_ceil_divide(len(order), batch_size)):
+            place, mask = _slots(step, batch_size, len(order), share)
+            together = order[step * batch_size : (step + 1) * batch_size]
+            yield _masked(mask, **self._text(order[place] * mask, together))
 
-    def _text(self, caption: np.ndarray) -> Batch:
+    def _text(self, caption: np.ndarray, together: np.ndarray | None) -> Batch:
+        """Returns fields of captions, cut to a length for all `together`; None: not cut."""
+        tokens = self.settings.max_tokens
+        if together is not None:
+            lengths = padded_lengths(_SHORTEST_TOKENS, tokens, _TEXT_STEPS)
+            tokens = lengths[bisect.bisect_left(lengths, self._tokens[together].max())]
         return {
             "caption_id": caption,
-            "token_ids": self.token_ids[caption],
-            "token_mask": self.token_mask[caption],
+            "token_ids": self.token_ids[caption, :tokens],
+            "token_mask": self.token_mask[caption, :tokens],
             "caption_key": self.caption_key[caption],
         }
 

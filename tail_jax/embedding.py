@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines import padded_lengths
 from tail_jax.models.dual_encoder import DualEncoder
 
 TEMPLATE = "This is a sound of {}."
@@ -94,8 +95,8 @@ class Embeddings:
         total = np.zeros((len(clips), self.model.embedding), np.float32)
         if self.front_end.is_waveform:
             second = self.front_end.sampling_rate
-            buckets = _buckets(_SHORTEST_SECONDS * second, self.front_end.window_samples,
-                               _AUDIO_STEPS)
+            buckets = padded_lengths(_SHORTEST_SECONDS * second, self.front_end.window_samples,
+                                     _AUDIO_STEPS)
             unit = SECONDS_PER_ROW * second
         else:
             buckets = unit = None
@@ -120,7 +121,7 @@ class Embeddings:
         texts = self._texts(texts)
         batch_size = _batch_size(batch_size, "text")
         out = np.zeros((len(texts), self.model.embedding), np.float32)
-        buckets = _buckets(_SHORTEST_TOKENS, self._max_tokens, _TEXT_STEPS)
+        buckets = padded_lengths(_SHORTEST_TOKENS, self._max_tokens, _TEXT_STEPS)
         rows = self._text_rows(texts, progress)
         for numbers, embedding in self._run("text", rows, buckets, batch_size, TOKENS_PER_ROW):
             out[numbers] = embedding
@@ -304,19 +305,6 @@ class Embeddings:
             waiting = [*numbers], out
         if waiting:
             yield waiting[0], np.asarray(waiting[1])[:len(waiting[0])]
-
-
-def _buckets(first: int, last: int, steps: int) -> list[int]:
-    """Lengths that inputs are padded to: (1 + i / steps) 2^k times `first`, up to `last`.
-
-    But in the first, at most one part in `steps` is padding, half of that if lengths are spread
-    evenly; every length is a program that has to be compiled.
-    """
-    lengths, size = [], first
-    while size < last:
-        lengths += [size * (steps + i) // steps for i in range(steps)]
-        size *= 2
-    return [length for length in lengths if length < last] + [last]
 
 
 def _batches(rows: Iterable[tuple[int, np.ndarray]], buckets: list[int] | None, batch_size: int,

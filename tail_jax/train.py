@@ -279,7 +279,8 @@ def training_batches(run: Run, task: Task, number: int, state: State, kept: Kept
         read = read if len(read) else np.array([0])  # a batch is drawn for, and not used
         new = np.searchsorted(rows, size - replayed)
         chosen = np.concatenate([np.arange(new), rows[new:] - (size - replayed) + len(read)])
-    batches = task.reader.train_batches(size - replayed, seed, start_step, read)
+    batches = task.reader.train_batches(  # rows of the memory are whole
+        size - replayed, seed, start_step, read, whole_text=replayed > 0)
     for step, batch in enumerate(batches, start_step):
         random = np.random.default_rng([seed, step])
         batch = run.method.replay(state, batch | kept.rows(batch), replayed, task.reader, random)

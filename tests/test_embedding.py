@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from data_pipelines import padded_lengths
 from data_pipelines.front_end import FrontEnd, WaveformSettings
 from data_pipelines.log_mel import LogMelSettings
 from data_pipelines.text import Tokenizer
@@ -150,11 +151,11 @@ def test_long_waveforms_make_smaller_batches():
 
 
 def test_buckets_grow_by_a_quarter_at_most():
-    sizes = embedding._buckets(8, 512, 4)
+    sizes = padded_lengths(8, 512, 4)
     assert sizes[:9] == [8, 10, 12, 14, 16, 20, 24, 28, 32] and sizes[-1] == 512
     assert max(b / a for a, b in itertools.pairwise(sizes)) <= 1.25
-    assert embedding._buckets(8, 8, 4) == [8] and embedding._buckets(8, 5, 8) == [5]
-    assert embedding._buckets(8, 77, 4)[-2:] == [64, 77]
+    assert padded_lengths(8, 8, 4) == [8] and padded_lengths(8, 5, 8) == [5]
+    assert padded_lengths(8, 77, 4)[-2:] == [64, 77]
 
 
 def test_the_front_end_runs_a_bounded_number_of_clips_ahead():
@@ -243,7 +244,7 @@ def test_texts_of_one_length_share_programs_and_padding_is_small(clap):
     clap.embed_text(captions(2000, seed=4), batch_size=32)
     assert clap.traces - before <= 6  # what is left at the end, in smaller batches
     rows = [*clap._text_rows(texts, False)]
-    buckets = embedding._buckets(8, 100, embedding._TEXT_STEPS)
+    buckets = padded_lengths(8, 100, embedding._TEXT_STEPS)
     for length, _, items in embedding._batches(rows, buckets, 32, 16):
         padded += length * len(items)
         real += sum(len(row) for _, row in items)

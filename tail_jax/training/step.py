@@ -1,4 +1,4 @@
-"""The train step: one compiled program for every task of a run, and every set of kept features."""
+"""The train step: one program for all tasks, each set of kept features, each length of text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainStep:
         init_optimizer: trainable -> fresh opt_state, placed as the step returns it (an array that
             lies elsewhere would have the step traced and compiled again).
         traces: how often it was traced; more than once a run for each set of entries that batches
-            have (`training/kept.py`) is a bug.
+            have (`training/kept.py`), and each length of their text, is a bug.
     """
 
     function: Any = None

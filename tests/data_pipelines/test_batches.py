@@ -189,15 +189,44 @@ def test_training_sees_what_the_front_end_gives_to_embed(corpus, settings, fill,
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 13, 40])
-def test_evaluation_text_is_every_caption_once_in_order(corpus, settings, batch_size):
+def test_evaluation_text_is_every_caption_once_by_length(corpus, settings, batch_size):
     reader = SplitReader(corpus.train, TOKENIZER, settings)
     found = list(reader.text_batches(batch_size))
     assert all(len(batch["token_ids"]) == batch_size for batch in found)
     flat = {n: np.concatenate([b[n][b["mask"]] for b in found]) for n in found[0]}
-    assert flat["caption_id"].tolist() == list(range(13))
+    assert sorted(flat["caption_id"]) == list(range(13))
+    assert (np.diff(flat["token_mask"].sum(1)) >= 0).all()
     ids, mask = TOKENIZER.encode(corpus.train.captions, 12)
-    np.testing.assert_array_equal(flat["token_ids"], ids)
-    np.testing.assert_array_equal(flat["token_mask"], mask)
+    np.testing.assert_array_equal(flat["token_ids"], ids[flat["caption_id"]])
+    np.testing.assert_array_equal(flat["token_mask"], mask[flat["caption_id"]])
+
+
+def test_rows_of_tokens_are_as_long_as_the_longest_caption_of_a_batch_needs(corpus, settings):
+    texts = iter([" ".join(["dog"] * (1 + 2 * i)) for i in range(13)])  # to 25 words
+    split = dataclasses.replace(corpus.train, clips=tuple(
+        dataclasses.replace(clip, captions=tuple(next(texts) for _ in clip.captions))
+        for clip in corpus.train.clips))
+    settings = dataclasses.replace(settings, max_tokens=100)
+    reader = SplitReader(split, TOKENIZER, settings)
+    ids, mask = TOKENIZER.encode(split.captions, 100)
+    steps = take(reader.train_batches(4, 7), 8)
+    for host in ([0, 1], [2, 3]):  # a host cuts as the global batch needs
+        for whole, part in zip(steps, reader.train_batches(4, 7, rows=np.array(host))):
+            assert part["token_ids"].shape == (2, whole["token_ids"].shape[1])
+    found = set()
+    for batch in [*steps, *reader.text_batches(4), *reader.text_batches(4, np.array([1]))]:
+        used, tokens = batch["mask"], batch["token_ids"].shape[1]
+        own = batch["caption_id"][used]
+        assert tokens in (32, 48, 64, 96, 100)
+        np.testing.assert_array_equal(batch["token_ids"][used], ids[own, :tokens])
+        assert not mask[own, tokens:].any()
+        found.add(tokens)
+    assert len(found) > 2
+    for batch in steps:  # and no longer
+        longest = mask[batch["caption_id"][batch["mask"]]].sum(1).max()
+        assert min(n for n in (32, 48, 64, 96, 100) if n >= longest) == batch["token_ids"].shape[1]
+    whole = take(reader.train_batches(4, 7, whole_text=True), 8)
+    assert {batch["token_ids"].shape for batch in whole} == {(4, 100)}
 
 
 def test_random_crops_differ_from_epoch_to_epoch_for_long_clips_only(corpus, settings):
