@@ -131,7 +131,7 @@ def check_config(workdir: pathlib.Path, config: dict, write: bool = True) -> Non
     path = workdir / "config.json"
     if path.exists():
         before = json.loads(path.read_text())
-        changes = _differences(before, config)
+        changes = _differences(before, plain(config))
         if changes:
             raise UserError(f"{workdir} holds a run with another configuration: "
                             + "; ".join(changes) + ". Use another --workdir, or remove this one")

@@ -152,7 +152,7 @@ def embed(backbone, inputs: Inputs, output, policy: str | None = None,
     def audio(paths, show):
         failures: dict[int, str] = {}
         rows = backbone.embed_audio(paths, policy=policy, progress=show, failures=failures, **size)
-        return rows, failures
+        return rows, dict(sorted(failures.items()))  # found by several threads
 
     def text(texts, show):
         return backbone.embed_text(texts, progress=show, **size), {}

@@ -76,9 +76,10 @@ def test_wide_layers_and_their_moments_are_split_over_the_model_axis(eight):
 def test_full_sharding_leaves_each_device_its_part_of_kernels_and_moments(eight):
     width, hidden = 16, 32
     split = eight["sequential 1x1x8 in 1"]
-    assert split["up"] == [[width, hidden], [width, hidden // 8]]
-    assert split["down"] == [hidden, width // 8] and split["query"] == [width, width // 8]
-    assert [width, hidden // 8] in split["moments"] and [width, hidden] not in split["moments"]
+    # Along the axis that `model` would not split.
+    assert split["up"] == [[width, hidden], [width // 8, hidden]]
+    assert split["down"] == [hidden, width // 8] and split["query"] == [width // 8, width]
+    assert [width // 8, hidden] in split["moments"] and [width, hidden] not in split["moments"]
 
 
 def test_every_row_is_compared_with_the_whole_batch(eight):
