@@ -392,10 +392,10 @@ class SplitReader:
         parallel = settings.num_parallel or tf.data.AUTOTUNE
         failures: list[AudioError] = []
 
-        def read(slot):
+        def compute(slot):
             found = locate(slot)
             if found is None:
-                return np.zeros([settings.window_samples], np.float32), np.int64(0)
+                return np.zeros(settings.audio_shape, np.float32)
             clip, choose_start = found
             try:
                 waveform, valid = read_chunk(
@@ -408,20 +408,18 @@ class SplitReader:
             except AudioError as error:
                 failures.append(error)
                 raise
-            return waveform, np.int64(valid)
+            return log_mel(waveform, settings.log_mel, valid)
 
-        def compute(slot):
-            waveform, valid = tf.numpy_function(read, [slot], (tf.float32, tf.int64))
-            waveform = tf.ensure_shape(waveform, [settings.window_samples])
-            values = log_mel(waveform, settings.log_mel, tf.ensure_shape(valid, []))
-            return values * tf.cast(valid > 0, tf.float32)
+        def row(slot):
+            values = tf.numpy_function(compute, [slot], tf.float32)
+            return tf.ensure_shape(values, settings.audio_shape)
 
         numbers = tf.data.Dataset.range(steps.start, steps.stop)
         if gather is not None:
             audio = numbers.map(lambda step: tf.numpy_function(gather, [step], tf.float32))
         else:
             slots = tf.data.Dataset.range(steps.start * size, steps.stop * size)
-            audio = slots.map(compute, num_parallel_calls=parallel, deterministic=True).batch(size)
+            audio = slots.map(row, num_parallel_calls=parallel, deterministic=True).batch(size)
         if augment is not None:
             audio = tf.data.Dataset.zip(numbers, audio).map(
                 lambda *inputs: tf.numpy_function(augment, inputs, tf.float32)

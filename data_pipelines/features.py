@@ -25,7 +25,7 @@ from data_pipelines.corpora import Clip
 from data_pipelines.log_mel import LogMelSettings, log_mel
 
 # Part of every key: a change of how features are computed must not find those of before.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _feature_dataset(clips: Sequence[Clip], policy: ChunkPolicy, num_parallel: i
     tf = load_tensorflow()
     settings = policy.log_mel
 
-    def read(row):
+    def compute(row):
         try:
             waveforms, valid = read_chunks(
                 clips[row].path,
@@ -177,21 +177,17 @@ def _feature_dataset(clips: Sequence[Clip], policy: ChunkPolicy, num_parallel: i
                 policy.max_chunks,
                 settings.fill,
             )
-            return waveforms, np.int64(valid), b""
         except AudioError as error:
-            nothing = np.zeros([1, policy.window_samples], np.float32)
-            return nothing, np.int64(0), str(error).encode("utf-8")
-
-    def compute(row):
-        waveforms, valid, problem = tf.numpy_function(
-            read, [row], (tf.float32, tf.int64, tf.string)
-        )
-        waveforms = tf.ensure_shape(waveforms, [None, policy.window_samples])
-        return log_mel(waveforms, settings, tf.ensure_shape(valid, [])), problem
+            return np.zeros([1, *policy.row_shape], np.float32), str(error).encode("utf-8")
+        return np.stack([log_mel(waveform, settings, valid) for waveform in waveforms]), b""
 
     return (
         tf.data.Dataset.range(len(clips))
-        .map(compute, num_parallel_calls=num_parallel, deterministic=True)
+        .map(
+            lambda row: tf.numpy_function(compute, [row], (tf.float32, tf.string)),
+            num_parallel_calls=num_parallel,
+            deterministic=True,
+        )
         .prefetch(2)
     )
 

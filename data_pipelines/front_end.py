@@ -1,16 +1,14 @@
 """From a clip in memory to the rows that an audio encoder takes, in NumPy.
 
-The same settings drive the tf.data pipeline (`data_pipelines.log_mel`); importing this module
-imports neither TensorFlow nor a reader of audio files.
+Training's pipeline computes the same features; importing this module imports neither TensorFlow nor
+a reader of audio files.
 """
 
 import dataclasses
-import functools
 
 import numpy as np
-import scipy.fft
 
-from data_pipelines.log_mel import LogMelSettings, window_and_filters
+from data_pipelines.log_mel import LogMelSettings, log_mel
 from data_pipelines.waveforms import chunk_starts, fill_up
 
 POLICIES = (None, "repeatpad", "center", "chunk_mean")
@@ -41,10 +39,6 @@ KALDI = LogMelSettings(
 )
 # The CNN14 of PANNs (Kong et al., 2020) as MS-CLAP 2022 (Elizalde et al., 2023) runs it.
 PANNS = LogMelSettings(sampling_rate=44100, hop_length=320, fill="repeat")
-
-# Frames worked on at once: their spectra fit a core's cache.
-_BLOCK_FRAMES = 64
-_BAND_MELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +162,10 @@ class FrontEnd:
             else:
                 chunks = [fill_up(waveform, window, fill)]
         elif len(waveform) > window and self.fusion and policy in (None, "repeatpad"):
-            return _fuse(log_mel_numpy(waveform, settings), self.input_shape[1])[None]
+            return _fuse(log_mel(waveform, settings), self.input_shape[1])[None]
         rows = np.zeros((len(chunks), *self.input_shape), np.float32)
         for row, chunk in zip(rows, chunks):
-            mel = log_mel_numpy(chunk, settings)  # fewer frames than the row has with fill "frames"
+            mel = log_mel(chunk, settings)  # fewer frames than the row has with fill "frames"
             row[..., : len(mel), :] = mel
         return rows
 
@@ -205,60 +199,6 @@ class FrontEnd:
                 f"a clip of {len(waveform)} samples at {self.sampling_rate} Hz is too short for a "
                 f"frame, expected at least {samples}; join it to others or pad it"
             )
-
-
-def log_mel_numpy(waveform, settings: LogMelSettings) -> np.ndarray:
-    """Returns the log-mel spectrogram of one clip [samples], float32 [frames, mels].
-
-    As `data_pipelines.log_mel.log_mel`, to which it is equal but for rounding: computed in float64,
-    in blocks of frames, on one core and mostly without the interpreter's lock, so that threads
-    work on several clips at once.
-
-    Raises:
-      ValueError: the clip is too short for a frame.
-    """
-    waveform = np.asarray(waveform)
-    length = settings.num_frames(len(waveform))
-    window, bands = _window_and_bands(settings)
-    if settings.padding:
-        waveform = np.pad(waveform, settings.padding, mode=settings.pad_mode)
-    frames = np.lib.stride_tricks.sliding_window_view(waveform, settings.frame_length)
-    frames = frames[:: settings.hop_length][: settings.frames]  # [frames, frame_length], a view
-    mel = np.zeros((length, settings.n_mels), np.float32)
-    for first in range(0, len(frames), _BLOCK_FRAMES):
-        block = frames[first : first + _BLOCK_FRAMES].astype(np.float64)
-        if settings.remove_dc:
-            block -= block.mean(axis=1, keepdims=True)
-        if settings.preemphasis:
-            block[:, 1:] -= settings.preemphasis * block[:, :-1]
-            block[:, 0] *= 1.0 - settings.preemphasis
-        block *= window
-        spectrum = scipy.fft.rfft(block, settings.n_fft, overwrite_x=True)
-        energy = np.empty((len(block), settings.n_mels))
-        for frequencies, mels, filters in bands:
-            part = spectrum[:, frequencies]
-            energy[:, mels] = (part.real**2 + part.imag**2) @ filters
-        np.maximum(energy, settings.floor, out=energy)
-        log = 10.0 * np.log10(energy) if settings.log == "db" else np.log(energy)
-        mel[first : first + len(block)] = log
-    return mel
-
-
-@functools.lru_cache(maxsize=16)
-def _window_and_bands(settings: LogMelSettings):
-    """Returns the window, and the filters as (frequencies, mels, filters) of neighbouring mels.
-
-    Neighbours cover few frequencies: most zeros are left out, and the products stay so small that
-    BLAS does not start threads, which would fight with those that work on other clips.
-    """
-    window, filters = window_and_filters(settings)
-    bands = []
-    for first in range(0, settings.n_mels, _BAND_MELS):
-        mels = slice(first, first + _BAND_MELS)
-        covered = np.flatnonzero(filters[:, mels].any(axis=1))
-        frequencies = slice(covered[0], covered[-1] + 1) if len(covered) else slice(0, 1)
-        bands.append((frequencies, mels, np.ascontiguousarray(filters[frequencies, mels])))
-    return window, bands
 
 
 def _normalize(samples: np.ndarray) -> np.ndarray:

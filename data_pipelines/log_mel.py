@@ -1,16 +1,17 @@
-"""Settings, window and filters of a log-mel front end, and the front end as TensorFlow operations.
-
-`data_pipelines.front_end` has the same front end in NumPy.
-"""
+"""The log-mel front end, in NumPy: of training's pipeline and, in `front_end`, of embedding."""
 
 import dataclasses
 import functools
 import math
 
 import numpy as np
+import scipy.fft
 
-from data_pipelines import load_tensorflow
 from data_pipelines.waveforms import FILLS
+
+# Frames worked on at once: their spectra fit a core's cache.
+_BLOCK_FRAMES = 64
+_BAND_MELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,50 +129,72 @@ class LogMelSettings:
         return 1 + covered // self.hop_length if self.frames is None else self.frames
 
 
-def log_mel(waveform, settings: LogMelSettings, valid=None):
-    """Returns the log-mel spectrogram, as a float32 tensor [..., frames, mels].
+def log_mel(waveform, settings: LogMelSettings, valid: int | None = None) -> np.ndarray:
+    """Returns the log-mel spectrogram of one clip [samples], float32 [frames, mels].
 
     log(max(sum_f filter[m, f] |STFT[t, f]|^2, floor)), in dB or natural, without a limit on the
     range below the maximum. Computed in float64: equal to `librosa.feature.melspectrogram` and
-    `power_to_db(ref=1, amin=floor, top_db=None)` on float64 input, given the same `pad_mode`.
+    `power_to_db(ref=1, amin=floor, top_db=None)` on float64 input, given the same `pad_mode`. In
+    blocks of frames, on one core and mostly without the interpreter's lock, so that threads work on
+    several clips at once.
 
     Args:
-      waveform: array or tensor [..., samples], in a tf.data function or outside.
+      waveform: samples [S].
       settings: the front end.
-      valid: integers [...], the samples of each waveform that are the clip's; with fill="frames",
-        frames that reach past them are 0. None is all of them.
+      valid: how many of the samples are the clip's; with fill="frames", frames that reach past them
+        are 0. None is all of them.
 
     Raises:
-      ValueError: the waveform is known to be too short for a frame.
+      ValueError: the clip is too short for a frame.
     """
-    tf = load_tensorflow()
-    waveform = tf.cast(tf.convert_to_tensor(waveform), tf.float64)  # [..., samples]
-    if waveform.shape[-1] is not None:
-        settings.num_frames(waveform.shape[-1])
-    window, filters = window_and_filters(settings)
-    waveform = _pad(tf, waveform, settings)
-    # [..., frames, frame_length]
-    frames = tf.signal.frame(waveform, settings.frame_length, settings.hop_length)
-    if settings.remove_dc:
-        frames -= tf.reduce_mean(frames, axis=-1, keepdims=True)
-    if settings.preemphasis:
-        before = tf.concat([frames[..., :1], frames[..., :-1]], axis=-1)
-        frames -= settings.preemphasis * before
-    spectrum = tf.signal.rfft(frames * window, [settings.n_fft])  # [..., frames, frequencies]
-    power = tf.math.real(spectrum) ** 2 + tf.math.imag(spectrum) ** 2
-    mel = tf.tensordot(power, filters, axes=1)
-    mel = tf.math.log(tf.maximum(mel, settings.floor))  # [..., frames, mels]
-    if settings.log == "db":
-        mel *= 10.0 / math.log(10.0)
+    waveform = np.asarray(waveform)
+    length = settings.num_frames(len(waveform))
+    window, bands = _window_and_bands(settings)
+    if settings.padding:
+        waveform = np.pad(waveform, settings.padding, mode=settings.pad_mode)
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, settings.frame_length)
+    frames = frames[:: settings.hop_length][: settings.frames]  # [frames, frame_length], a view
     if valid is not None and settings.fill == "frames":
-        ends = tf.range(tf.shape(mel)[-2]) * settings.hop_length + settings.frame_length
-        inside = ends <= tf.cast(valid, tf.int32)[..., None]  # [..., frames]
-        mel = tf.where(inside[..., None], mel, tf.zeros([], mel.dtype))
-    if settings.frames is not None:
-        mel = mel[..., : settings.frames, :]
-        missing = settings.frames - tf.shape(mel)[-2]
-        mel = tf.pad(mel, [[0, 0]] * (mel.shape.rank - 2) + [[0, missing], [0, 0]])
-    return tf.cast(mel, tf.float32)
+        inside = 1 + (valid - settings.frame_length) // settings.hop_length
+        frames = frames[: max(inside, 0)]
+    mel = np.zeros((length, settings.n_mels), np.float32)
+    for first in range(0, len(frames), _BLOCK_FRAMES):
+        block = frames[first : first + _BLOCK_FRAMES].astype(np.float64)
+        if settings.remove_dc:
+            block -= block.mean(axis=1, keepdims=True)
+        if settings.preemphasis:
+            block[:, 1:] -= settings.preemphasis * block[:, :-1]
+            block[:, 0] *= 1.0 - settings.preemphasis
+        block *= window
+        spectrum = scipy.fft.rfft(block, settings.n_fft, overwrite_x=True)
+        power = spectrum.real**2
+        power += spectrum.imag**2
+        energy = np.empty((len(block), settings.n_mels))
+        for frequencies, mels, filters in bands:
+            np.matmul(power[:, frequencies], filters, out=energy[:, mels])
+        np.maximum(energy, settings.floor, out=energy)
+        np.log(energy, out=energy)
+        if settings.log == "db":
+            energy *= 10.0 / math.log(10.0)
+        mel[first : first + len(block)] = energy
+    return mel
+
+
+@functools.lru_cache(maxsize=16)
+def _window_and_bands(settings: LogMelSettings):
+    """Returns the window, and the filters as (frequencies, mels, filters) of neighbouring mels.
+
+    Neighbours cover few frequencies: most zeros are left out, and the products stay so small that
+    BLAS does not start threads, which would fight with those that work on other clips.
+    """
+    window, filters = window_and_filters(settings)
+    bands = []
+    for first in range(0, settings.n_mels, _BAND_MELS):
+        mels = slice(first, first + _BAND_MELS)
+        covered = np.flatnonzero(filters[:, mels].any(axis=1))
+        frequencies = slice(covered[0], covered[-1] + 1) if len(covered) else slice(0, 1)
+        bands.append((frequencies, mels, np.ascontiguousarray(filters[frequencies, mels])))
+    return window, bands
 
 
 @functools.lru_cache(maxsize=16)
@@ -225,24 +248,3 @@ def _hertz(mel: np.ndarray, scale: str) -> np.ndarray:
     knee = _KNEE / _LINEAR_STEP
     above = _KNEE * np.exp(_LOG_STEP * (np.maximum(mel, knee) - knee))
     return np.where(mel < knee, mel * _LINEAR_STEP, above)
-
-
-def _pad(tf, waveform, settings: LogMelSettings):
-    """Returns [..., samples + 2 padding]."""
-    padding = settings.padding
-    if not padding:
-        return waveform
-    if settings.pad_mode == "constant":
-        ends = [[0, 0]] * (waveform.shape.rank - 1) + [[padding, padding]]
-        return tf.pad(waveform, ends)
-    # tf.pad reflects once only; a shorter clip is reflected to and fro, as numpy does.
-    samples = tf.shape(waveform)[-1]
-    period = tf.maximum(2 * (samples - 1), 1)
-
-    def reflected(positions):
-        phase = tf.math.floormod(positions, period)
-        return tf.gather(waveform, tf.minimum(phase, period - phase) % samples, axis=-1)
-
-    before = reflected(tf.range(-padding, 0))
-    after = reflected(tf.range(samples, samples + padding))
-    return tf.concat([before, waveform, after], axis=-1)
