@@ -100,12 +100,12 @@ def measured(comparisons: list[Comparison], repeats: int) -> Measured:
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """Markdown: median and (least to most) of every case, and the ratio."""
-    people = [*comparisons[0].measured]
+    """Markdown: median and (least to most) of every case, and the ratio; "–" is not a side of it."""
+    people = [*dict.fromkeys(who for c in comparisons for who in c.measured)]
     lines = [f"| case | {' | '.join(people)} | ratio | difference |",
              "|---|" + "---:|" * (len(people) + 2)]
     for c in comparisons:
-        times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})"
-                 for m in c.measured.values()]
+        times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})" if m else "–"
+                 for m in (c.measured.get(who) for who in people)]
         lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {c.difference:.1e} |")
     return "\n".join(lines)
