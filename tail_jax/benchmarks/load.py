@@ -8,12 +8,11 @@ in multiples of the weights.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 
 from tail_jax.benchmarks import OURS, Comparison, Measured, Options, measured
 from tail_jax.benchmarks.embed import PEER, need_peer
+from tail_jax.benchmarks.process import run_python
 
 _LOADS = {
     OURS: """
@@ -59,7 +58,7 @@ def run(options: Options) -> Measured:
     need_peer()
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
-            _python(_WRITE, folder, options.size)
+            run_python(_WRITE, folder, options.size)
         path = options.checkpoint or folder
         first = {who: _measure(code, path) for who, code in _LOADS.items()}  # warms the file cache
         found: dict[str, list] = {who: [] for who in _LOADS}
@@ -74,12 +73,5 @@ def run(options: Options) -> Measured:
 
 
 def _measure(load: str, folder) -> list[float]:
-    return json.loads(_python(_MEASURE.format(load=load), str(folder)).splitlines()[-1])
+    return json.loads(run_python(_MEASURE.format(load=load), str(folder)).splitlines()[-1])
 
-
-def _python(code: str, *arguments: str) -> str:
-    """What a program prints."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout.strip()

@@ -16,51 +16,86 @@ METRICS = ("R@1", "R@5", "R@10", "mAP@10", "MedR")
 STRICT_METRICS = ("R@1", "R@5", "R@10")
 
 _CUTOFF = 10  # of mAP@10
-# Galleries are padded to powers of two, so that pools of many sizes share a few compiled programs,
-# and so that no column of the scores goes through the remainder path of a matrix product: equal
-# items must get equal bits, or a tie would be decided by their place in the gallery.
+# Galleries are padded to powers of two, large ones to an eighth of one, so that pools of many sizes
+# share a few compiled programs, and so that no column of the scores goes through the remainder path
+# of a matrix product: equal items must get equal bits, or a tie would be decided by their place in
+# the gallery.
 _SMALLEST_GALLERY = 256
-_MAX_SCORES = 2**26  # scores on the device at once, 256 MiB
+_LARGE_GALLERY = 4096
+# Scores on the device at once: 8 MiB, which a processor's cache may hold, or 256 MiB.
+_MAX_SCORES = {"cpu": 2**21}
+_MAX_SCORES_ELSEWHERE = 2**26
 
 
 @jax.jit
-def _rank_block(queries, query_keys, gallery, gallery_keys, num_items):
-    """Rank, AP@10, number of relevant items, tie and finiteness of every query of one block.
+def _rank_block(queries, relevant, gallery, num_items):
+    """Rank, AP@10, tie and finiteness of every query of one block.
 
-    queries [B, d], query_keys [B, Kq], gallery [G, d], gallery_keys [G, Kg]; rows from num_items on
-    are padding.
+    queries [B, d]; relevant [B, R], the rows of the gallery that are, -1 elsewhere; gallery [G, d],
+    rows from num_items on are padding.
     """
     scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)  # [B, G]
     finite = jnp.isfinite(scores).all(axis=1)
-    gallery_width = gallery_keys.shape[1]
-
-    def match_columns(pair, relevant):
-        query_key = query_keys[:, pair // gallery_width, None]
-        gallery_key = gallery_keys[None, :, pair % gallery_width]
-        return relevant | ((query_key == gallery_key) & (query_key >= 0))
-
-    num_pairs = query_keys.shape[1] * gallery_width
-    relevant = jax.lax.fori_loop(0, num_pairs, match_columns, jnp.zeros(scores.shape, bool))
     is_item = jnp.arange(gallery.shape[0]) < num_items
-    relevant_scores = jnp.where(relevant, scores, -jnp.inf)
-    irrelevant_scores = jnp.where(relevant | ~is_item, -jnp.inf, scores)
-
-    best = relevant_scores.max(axis=1, keepdims=True)
-    rank = 1 + (irrelevant_scores >= best).sum(axis=1)
-    tied = (irrelevant_scores == best).any(axis=1)
-    num_relevant = relevant.sum(axis=1)
+    relevant_scores = jnp.where(
+        relevant >= 0, jnp.take_along_axis(scores, relevant, axis=1, mode="clip"), -jnp.inf
+    )
+    num_relevant = (relevant >= 0).sum(axis=1)
 
     # The i-th best relevant item stands behind i - 1 relevant items and every irrelevant one that
-    # scores at least as much. Of those, the best ten are enough: behind ten it is out of the first
-    # ten anyway.
-    top_relevant = jax.lax.top_k(relevant_scores, _CUTOFF)[0]  # [B, 10]
-    top_irrelevant = jax.lax.top_k(irrelevant_scores, _CUTOFF)[0]
-    order = jnp.arange(1, _CUTOFF + 1)
-    ahead = (top_irrelevant[:, None, :] >= top_relevant[:, :, None]).sum(axis=2)
+    # scores at least as much: all such items but the relevant ones. No score needs to be sorted.
+    top = jax.lax.top_k(relevant_scores, min(_CUTOFF, relevant.shape[1]))[0]  # [B, 10]
+
+    def irrelevant(compare, threshold):  # [B, 1] -> [B]
+        everything = (compare(scores, threshold) & is_item).sum(axis=1)
+        return everything - compare(relevant_scores, threshold).sum(axis=1)
+
+    ahead = jnp.stack(
+        [irrelevant(jnp.greater_equal, top[:, i : i + 1]) for i in range(top.shape[1])], axis=1
+    )
+    tied = irrelevant(jnp.equal, top[:, :1]) > 0
+    order = jnp.arange(1, top.shape[1] + 1)
     counted = (order <= num_relevant[:, None]) & (order + ahead <= _CUTOFF)
     precision = jnp.where(counted, order / (order + ahead), 0.0)
     average_precision = precision.sum(axis=1) / jnp.clip(num_relevant, 1, _CUTOFF)
-    return rank, average_precision, num_relevant, tied, finite
+    return 1 + ahead[:, 0], average_precision, tied, finite
+
+
+class _Relevance:
+    """Which items are relevant to which queries, from their keys, a block of queries at a time.
+
+    Attributes:
+      width: at least as many as any query has relevant items, a power of two.
+    """
+
+    def __init__(self, query_keys: np.ndarray, gallery_keys: np.ndarray):
+        keys, items = gallery_keys.ravel(), np.repeat(
+            np.arange(len(gallery_keys), dtype=np.int32), gallery_keys.shape[1]
+        )
+        keys, items = keys[keys >= 0], items[keys >= 0]
+        order = np.argsort(keys, kind="stable")
+        keys, self._items = keys[order], items[order]
+        self._first = np.searchsorted(keys, query_keys)  # [Q, Kq]
+        self._number = np.searchsorted(keys, query_keys, side="right") - self._first
+        self._number[query_keys < 0] = 0
+        most = self._number.sum(axis=1).max(initial=0)
+        self.width = 1 << int(max(min(most, len(gallery_keys)), 1) - 1).bit_length()
+
+    def of(self, rows: slice, size: int) -> np.ndarray:
+        """Relevant items [size, width] of queries, each once, -1 after them and in missing rows."""
+        first, number = self._first[rows].ravel(), self._number[rows].ravel()
+        query = np.repeat(np.arange(len(number)) // self._first.shape[1], number)
+        place = np.arange(len(query)) - np.repeat(np.cumsum(number) - number, number)
+        items = self._items[np.repeat(first, number) + place]
+        # An item that shares two keys with a query, or has one of them twice, counts once.
+        order = np.lexsort((items, query))
+        query, items = query[order], items[order]
+        new = np.ones(len(query), bool)
+        new[1:] = (query[1:] != query[:-1]) | (items[1:] != items[:-1])
+        query, items = query[new], items[new]
+        out = np.full((size, self.width), -1, np.int32)
+        out[query, np.arange(len(query)) - np.searchsorted(query, query)] = items
+        return out
 
 
 def retrieval_metrics(
@@ -81,7 +116,7 @@ def retrieval_metrics(
     Args:
       queries, gallery: embeddings of any float type; cast to float32 before the product.
       query_keys, gallery_keys: the keys above.
-      block: queries scored at once (fewer if the gallery is very large).
+      block: queries scored at once, at most (fewer if the gallery is large).
 
     Returns:
       "R@1", "R@5", "R@10": fraction of queries with r <= k; "mAP@10": mean AP@10; "MedR": median of
@@ -101,23 +136,20 @@ def retrieval_metrics(
     if block < 1:
         raise ValueError(f"block is {block}; expected a positive number of queries")
 
-    padded_size = max(_SMALLEST_GALLERY, 1 << (len(gallery) - 1).bit_length())
-    block = max(1, min(block, _MAX_SCORES // padded_size))
+    relevance = _Relevance(query_keys, gallery_keys)
+    padded_size = _padded_size(len(gallery))
+    most = _MAX_SCORES.get(jax.default_backend(), _MAX_SCORES_ELSEWHERE)
+    block = max(1, min(block, most // (padded_size + relevance.width)))
     num_items = np.int32(len(gallery))
     gallery = jnp.asarray(_pad_rows(gallery, padded_size, 0.0))
-    gallery_keys = jnp.asarray(_pad_rows(gallery_keys, padded_size, -1))
     blocks = []
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
-        outputs = _rank_block(
-            _pad_rows(queries[rows], block, 0.0),
-            _pad_rows(query_keys[rows], block, -1),
-            gallery,
-            gallery_keys,
-            num_items,
-        )
+        relevant = relevance.of(rows, block)
+        outputs = _rank_block(_pad_rows(queries[rows], block, 0.0), relevant, gallery, num_items)
+        outputs = (*outputs, (relevant >= 0).sum(axis=1))
         blocks.append([np.asarray(output)[: len(queries[rows])] for output in outputs])
-    rank, average_precision, num_relevant, tied, finite = map(np.concatenate, zip(*blocks))
+    rank, average_precision, tied, finite, num_relevant = map(np.concatenate, zip(*blocks))
 
     if not finite.all():
         raise ValueError(
@@ -349,11 +381,11 @@ def _checked(name: str, embeddings, keys) -> tuple[np.ndarray, np.ndarray]:
             "padded with -1"
         )
     _check_finite(name, embeddings)
-    return embeddings.astype(np.float32), keys.astype(np.int32)
+    return embeddings.astype(np.float32, copy=False), keys.astype(np.int32, copy=False)
 
 
 def _check_finite(name: str, embeddings: np.ndarray) -> None:
-    bad = ~np.isfinite(embeddings.astype(np.float32)).all(axis=-1)
+    bad = ~np.isfinite(embeddings.astype(np.float32, copy=False)).all(axis=-1)
     if bad.any():
         raise ValueError(
             f"{name} embeddings hold NaN or Inf in {bad.sum()} of {len(bad)} rows (first: row "
@@ -364,3 +396,9 @@ def _check_finite(name: str, embeddings: np.ndarray) -> None:
 
 def _pad_rows(array: np.ndarray, size: int, value) -> np.ndarray:
     return np.pad(array, ((0, size - len(array)), (0, 0)), constant_values=value)
+
+
+def _padded_size(items: int) -> int:
+    power = 1 << (items - 1).bit_length()
+    step = power // 8 if power > _LARGE_GALLERY else power
+    return max(_SMALLEST_GALLERY, -(-items // step) * step)

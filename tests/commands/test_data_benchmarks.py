@@ -2,10 +2,11 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from tail_jax import benchmark
-from tail_jax.benchmarks import OURS, Comparison, Options, frontend, table
+from tail_jax.benchmarks import OURS, Comparison, Options, frontend, process, retrieval, table
 
 
 def test_frontend_suite_compares_equal_features_with_every_peer():
@@ -33,3 +34,34 @@ def test_table_leaves_out_a_side_that_a_case_has_not():
     assert shown[0] == "| case | tail_jax | x | y | ratio | difference |"
     assert shown[2:] == ["| a | 1 s (1 to 1) | 2 s (2 to 2) | – | 2.00 | 0.0e+00 |",
                          "| b | 1 MB (1 to 1) | – | 4 MB (4 to 4) | 4.00 | 0.0e+00 |"]
+
+
+def test_retrieval_suite_finds_equal_metrics_and_reports_memory():
+    report, shown = benchmark.benchmark("retrieval", Options("tiny", repeats=1))
+    assert [case["unit"] for case in report["cases"]] == ["s", "MB"]
+    assert all(case["difference"] < 1e-7 for case in report["cases"])
+    # A process with JAX, and one without: megabytes, not kilobytes.
+    assert all(10 < mb < 2000 for side in report["cases"][1]["measured"].values() for mb in side)
+    assert " MB (" in shown.table and report["cases"][0]["items"] == 300
+    (case, _) = benchmark.benchmark("retrieval", Options("tiny", repeats=1, items=41))[0]["cases"]
+    assert case["items"] == 41
+
+
+def test_sides_of_ranking_agree_where_captions_tie_and_where_none_finds_its_clip():
+    queries, owner, gallery = retrieval.embeddings(97, 61, 8)
+    gallery[1::2] = gallery[:60:2]  # every clip but one has an equal
+    for asked in (queries, -queries, np.zeros_like(queries)):
+        ours, numpys = (rank(asked, owner, gallery) for rank in retrieval.SIDES.values())
+        np.testing.assert_allclose(ours, numpys, atol=1e-7)
+    assert numpys.tolist() == [0, 0, 0, 0, 61]
+
+
+def test_memory_of_a_process_is_what_it_touches():
+    before = process.resident_bytes()
+    touched = np.ones(50_000_000, np.uint8)
+    assert 45e6 < process.resident_bytes() - before < 80e6
+    assert process.peak_bytes() >= process.resident_bytes() and touched.all()
+    code = "from tail_jax.benchmarks import process; print(process.peak_bytes())"
+    assert float(process.run_python(code)) < process.peak_bytes()
+    with pytest.raises(ValueError, match="1 2: ZeroDivisionError"):
+        process.run_python("1 / 0", "1", "2")

@@ -1,0 +1,47 @@
+"""Programs in processes of their own, and the memory of a process."""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import subprocess
+import sys
+
+_STATUS = pathlib.Path("/proc/self/status")
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a program prints.
+
+    Raises:
+        ValueError: it failed; the last line of what it said.
+    """
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(f"{' '.join(arguments)}: {said[-1]}")
+    return done.stdout.strip()
+
+
+def resident_bytes() -> int:
+    """Of this process, now.
+
+    Raises:
+        ValueError: the system has no /proc, which tells it.
+    """
+    if not _STATUS.is_file():
+        raise ValueError(f"{_STATUS} is missing; expected Linux, which tells memory there")
+    return _kilobytes("VmRSS") * 1024
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process; elsewhere than on Linux also that of who started it."""
+    if _STATUS.is_file():
+        return _kilobytes("VmHWM") * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _kilobytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[name].split()[0])
