@@ -1,7 +1,7 @@
 """Measures speed against the libraries that people would use otherwise, and the cost of methods.
 
     python -m tail_jax.benchmark --suite=embed|load --output=FILE [--checkpoint=DIR] [--repeats=5]
-    python -m tail_jax.benchmark --suite=frontend|retrieval --output=FILE [--repeats=5]
+    python -m tail_jax.benchmark --suite=frontend|loader|retrieval --output=FILE [--repeats=5]
     python -m tail_jax.benchmark --suite=analytic --output=FILE [--tasks=10,62] [--repeats=5]
     python -m tail_jax.benchmark --suite=tasks --output=FILE --workdir=DIR [--methods=all] \
         [--tasks=2,8,32]
@@ -25,7 +25,7 @@ from tail_jax import cli, sweep
 from tail_jax.benchmarks import Measured, Options
 from tail_jax.reporting.writers import write_json_atomic
 
-SUITES = ("embed", "load", "frontend", "retrieval", "analytic", "tasks")
+SUITES = ("embed", "load", "frontend", "loader", "retrieval", "analytic", "tasks")
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "librosa", "torch",
              "transformers")
 

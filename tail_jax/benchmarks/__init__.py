@@ -100,12 +100,13 @@ def measured(comparisons: list[Comparison], repeats: int) -> Measured:
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """Markdown: median and (least to most) of every case, and the ratio; "–" is not a side of it."""
+    """Markdown: median and (least to most) of every case, and the ratio; "–": not measured."""
     people = [*dict.fromkeys(who for c in comparisons for who in c.measured)]
     lines = [f"| case | {' | '.join(people)} | ratio | difference |",
              "|---|" + "---:|" * (len(people) + 2)]
     for c in comparisons:
-        times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})" if m else "–"
-                 for m in (c.measured.get(who) for who in people)]
+        sides = [c.measured.get(who) for who in people]
+        times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})"
+                 if m else "–" for m in sides]
         lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {c.difference:.1e} |")
     return "\n".join(lines)

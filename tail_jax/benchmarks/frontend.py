@@ -3,7 +3,8 @@
 Per core both sides take one clip after another on one thread, BLAS too; on all cores both have a
 thread a core, as the pipeline of training has. librosa gets float32, its users' type and its
 fastest; ours computes in float64. librosa has not Kaldi's pre-emphasis and filters, which AST has:
-against it stand AST's rate, transform and hop with 64 filters of Slaney's, against transformers AST.
+against it stand AST's rate, transform and hop with 64 filters of Slaney's, and AST itself against
+transformers.
 """
 
 from __future__ import annotations

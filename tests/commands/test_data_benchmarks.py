@@ -1,4 +1,4 @@
-"""Suites of the data and of ranking: both sides compute the same, and memory is where it is said."""
+"""Suites of the data and of ranking: both sides compute the same, and memory is measured."""
 
 import sys
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tail_jax import benchmark
-from tail_jax.benchmarks import OURS, Comparison, Options, frontend, process, retrieval, table
+from tail_jax.benchmarks import (
+    OURS, Comparison, Options, frontend, loader, process, retrieval, table)
 
 
 def test_frontend_suite_compares_equal_features_with_every_peer():
@@ -65,3 +66,16 @@ def test_memory_of_a_process_is_what_it_touches():
     assert float(process.run_python(code)) < process.peak_bytes()
     with pytest.raises(ValueError, match="1 2: ZeroDivisionError"):
         process.run_python("1 / 0", "1", "2")
+
+
+def test_loader_suite_compares_equal_rows_and_its_memory_does_not_grow():
+    report, _ = benchmark.benchmark("loader", Options("tiny", repeats=1))
+    epoch, first, early, late = report["cases"]
+    assert epoch["difference"] == first["difference"] == 0
+    assert all(list(case["measured"]) == [OURS, loader.PARTS] for case in (epoch, first))
+    assert [case["unit"] for case in (early, late)] == ["MB", "MB"]
+    assert late["measured"][loader.EARLIER] == early["measured"][OURS]
+    # Half of what an epoch's batch kept in each epoch would take.
+    batch = loader.BATCH * 1001 * 64 * 4 / 1e6
+    growth = late["measured"][OURS][0] - late["measured"][loader.EARLIER][0]
+    assert growth < (loader.EPOCHS - 2) * batch / 2

@@ -1,4 +1,4 @@
-"""The log-mel front end again, by TensorFlow's operations: what the one in NumPy is compared with."""
+"""The log-mel front end by TensorFlow's operations, with which that in NumPy is compared."""
 
 import math
 
