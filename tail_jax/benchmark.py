@@ -1,10 +1,15 @@
 """Measures speed against the libraries that people would use otherwise, and the cost of methods.
 
-    python -m tail_jax.benchmark --suite=embed|load --output=FILE [--checkpoint=DIR] [--repeats=5]
+    python -m tail_jax.benchmark --suite=embed|load|step|memory --output=FILE [--checkpoint=DIR] \
+        [--repeats=5]
     python -m tail_jax.benchmark --suite=frontend|loader|retrieval --output=FILE [--repeats=5]
     python -m tail_jax.benchmark --suite=analytic --output=FILE [--tasks=10,62] [--repeats=5]
     python -m tail_jax.benchmark --suite=tasks --output=FILE --workdir=DIR [--methods=all] \
         [--tasks=2,8,32]
+    python -m tail_jax.benchmark --suite=all --output=FILE [--repeats=5]
+
+`all` are the suites that need no runs of their own, one after another: FILE has a list of reports.
+A suite that cannot be run, for want of its peer, say, has the reason in its report.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ import sys
 import jax
 from absl import flags
 
-from tail_jax import cli, sweep
+from tail_jax import cli, settings, sweep
 from tail_jax.benchmarks import Measured, Options
 from tail_jax.reporting.writers import write_json_atomic
 
-SUITES = ("embed", "load", "frontend", "loader", "retrieval", "analytic", "tasks")
+SUITES = ("embed", "load", "step", "memory", "frontend", "loader", "retrieval", "analytic", "tasks")
+ALL, WITH_RUNS = "all", ("tasks",)
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "librosa", "torch",
              "transformers")
 
@@ -33,11 +39,32 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "librosa", "torc
 def benchmark(suite: str, options: Options) -> tuple[dict, Measured]:
     """(report for JSON, what was measured) of a suite, see `tail_jax.benchmarks`."""
     measured = importlib.import_module(f"tail_jax.benchmarks.{suite}").run(options)
-    report = {
+    return _report(suite, options, measured), measured
+
+
+def _report(suite: str, options: Options, measured: Measured) -> dict:
+    return {
         "suite": suite, "options": dataclasses.asdict(options), "machine": machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": cli.commit(), "cases": measured.cases, "failed": list(measured.failed)}
-    return report, measured
+
+
+def benchmark_all(options: Options) -> list[tuple[dict, Measured]]:
+    """`benchmark` of every suite that needs no runs of its own.
+
+    A suite that cannot be run is reported with no cases and the reason, and the others go on.
+    """
+    done = []
+    for suite in SUITES:
+        if suite in WITH_RUNS:
+            continue
+        try:
+            report, shown = benchmark(suite, options)
+        except (ValueError, OSError, ImportError) as error:
+            shown = Measured([], "(nothing was measured)", "", (" ".join(str(error).split()),))
+            report = _report(suite, options, shown)
+        done.append((report, shown))
+    return done
 
 
 def machine() -> dict:
@@ -72,14 +99,25 @@ def main() -> int:
         tuple(sweep.chosen_methods(args.methods, args.config)) if args.methods else (),
         _numbers(args.tasks) if args.tasks else (),
         args.workdir)
-    report, measured = benchmark(args.suite, options)
-    write_json_atomic(pathlib.Path(args.output), report)
-    print(measured.table)
-    print(f"{measured.note}; {report['machine']['processor']}, {report['machine']['cores']} cores, "
-          f"{report['date']}, commit {report['commit']}", file=sys.stderr)
-    for line in measured.failed:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if measured.failed else 0
+    settings.start_jax()
+    if args.suite == ALL:
+        done = benchmark_all(options)
+        written = [report for report, _ in done]
+    else:
+        done = [benchmark(args.suite, options)]
+        written = done[0][0]
+    write_json_atomic(pathlib.Path(args.output), written)
+    for report, shown in done:
+        if args.suite == ALL:
+            print(f"## {report['suite']}\n")
+        print(shown.table, end="\n\n" if args.suite == ALL else "\n")
+        note = f"{shown.note}; " if shown.note else ""
+        print(f"{note}{report['machine']['processor']}, {report['machine']['cores']} cores, "
+              f"{report['date']}, commit {report['commit']}", file=sys.stderr)
+        for line in shown.failed:
+            print(f"failed: {report['suite']}: {line}" if args.suite == ALL else f"failed: {line}",
+                  file=sys.stderr)
+    return 1 if any(shown.failed for _, shown in done) else 0
 
 
 def _numbers(texts: list[str]) -> tuple[int, ...]:
@@ -91,8 +129,8 @@ def _numbers(texts: list[str]) -> tuple[int, ...]:
 
 
 def define_flags() -> None:
-    """The flags: of all suites, of embed, load and analytic, of tasks."""
-    flags.DEFINE_enum("suite", None, SUITES, "What to measure.", required=True)
+    """The flags: of all suites, of embed, load, step, memory and analytic, of tasks."""
+    flags.DEFINE_enum("suite", None, (*SUITES, ALL), "What to measure.", required=True)
     flags.DEFINE_string("output", None, "JSON file for the measurements.", required=True)
     flags.DEFINE_string("checkpoint", None, "Measure with this folder; by default random weights.")
     flags.DEFINE_enum("size", "full", ["full", "tiny"], "Published sizes, or just to try.")

@@ -20,6 +20,7 @@ from tail_jax import hosts, methods, settings
 from tail_jax.backbone import Backbone
 from tail_jax.evaluation.classification import accuracy_row, predict
 from tail_jax.evaluation.retrieval import TaskEmbeddings, evaluate_row
+from tail_jax.process import peak_bytes
 from tail_jax.methods.base import Method, State
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training import sharding
@@ -267,6 +268,12 @@ def read(config: dict, tokenizer: pathlib.Path | None, split: Split, classes=())
 def stream_name(config: dict) -> str:
     """The name of the stream, for people."""
     return config["stream"]["name"] or config["stream"]["kind"]
+
+
+def peak_memory() -> int:
+    """Bytes: the most that arrays took of the accelerator, or the largest resident set."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_bytes()
 
 
 def prepare_backbone(config: dict, stream: Stream, workdir: pathlib.Path,

@@ -14,7 +14,6 @@ import functools
 import importlib.metadata
 import pathlib
 import platform
-import resource
 import shutil
 import statistics
 import time
@@ -33,7 +32,7 @@ from tail_jax.methods.base import State
 from tail_jax.models.dual_encoder import BUFFERS
 from tail_jax.reporting import tables
 from tail_jax.reporting.writers import JsonLinesWriter, read_results, write_json_atomic
-from tail_jax.run import STEP_KEY, Run, open_run, read, stream_name
+from tail_jax.run import STEP_KEY, Run, open_run, peak_memory, read, stream_name
 from tail_jax.training.checkpoints import Checkpoints, save_tree
 from tail_jax.training.kept import NOTHING, Kept, Limits, keep
 from tail_jax.training.loop import STEP_KEYS, Diverged, Preempted, TaskLoop, watch_signals
@@ -341,7 +340,6 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         sizes = [len(reader.split.clips) for reader in run.tests]
         summaries["accuracy/pooled"] = summarize_pooled(matrices["accuracy/seen"], sizes)
     device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
     total = count(run.backbone.params, BUFFERS)
     return {
         "schema": 1, "method": run.config["method"]["name"], "stream": stream_name(run.config),
@@ -358,8 +356,7 @@ def summary(run: Run, state: State, progress: dict) -> dict:
         "wall_seconds": {"train": progress["train_seconds"], "hooks": progress["hook_seconds"],
                          "step": progress["step_seconds"],
                          "evaluate": progress["evaluation_seconds"]},
-        "peak_memory_bytes": stats.get(
-            "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        "peak_memory_bytes": peak_memory(),
         "versions": {name: importlib.metadata.version(name)
                      for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")}
         | {"python": platform.python_version()},

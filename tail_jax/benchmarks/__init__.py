@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ OURS = "tail_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What suites take; `embed` and `load` the first four, `tasks` the others, `analytic` some.
+    """What suites take; `embed`, `load`, `step` and `memory` of the first four, `tasks` the others,
+    `analytic` some.
 
     Attributes:
         size: "full", or "tiny" to see that it works.
@@ -62,14 +64,14 @@ class Comparison:
         case: what was done.
         items: clips, texts or loads of one measurement.
         measured: {who: each measurement}; less is better.
-        difference: largest absolute difference between the two results.
+        difference: largest absolute difference between the two results; None where they have none.
         unit: of the measurements.
     """
 
     case: str
     items: int
     measured: Mapping[str, list[float]]
-    difference: float
+    difference: float | None
     unit: str = "s"
 
     @property
@@ -79,23 +81,52 @@ class Comparison:
         return statistics.median(self.measured[peer]) / statistics.median(self.measured[OURS])
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one thing takes of what another takes, measured in one run.
+
+    Attributes:
+        case: what of what.
+        value: the share.
+        bar: what it may be at most.
+    """
+
+    case: str
+    value: float
+    bar: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the bar is."""
+        return self.value <= self.bar
+
+
 def compare(case: str, items: int, repeats: int,
             functions: Mapping[str, Callable[[], np.ndarray]]) -> Comparison:
     """Measures functions in turns, after each has run once; a slow minute hits all alike."""
     results = [np.asarray(function()) for function in functions.values()]
-    seconds: dict[str, list[float]] = {who: [] for who in functions}
+    seconds = in_turns(functions, repeats)
+    return Comparison(case, items, seconds, float(np.abs(results[0] - results[1]).max()))
+
+
+def in_turns(functions: Mapping[Any, Callable], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of `repeats` calls of each function, the first after the last."""
+    seconds: dict[Any, list[float]] = {who: [] for who in functions}
     for _ in range(repeats):
         for who, function in functions.items():
             start = time.perf_counter()
             function()
             seconds[who].append(time.perf_counter() - start)
-    return Comparison(case, items, seconds, float(np.abs(results[0] - results[1]).max()))
+    return seconds
 
 
-def measured(comparisons: list[Comparison], repeats: int) -> Measured:
-    """Comparisons as a suite gives them."""
-    return Measured([dataclasses.asdict(c) | {"ratio": c.ratio} for c in comparisons],
-                    table(comparisons),
+def measured(comparisons: list[Comparison], repeats: int,
+             shares: Sequence[Share] = ()) -> Measured:
+    """Comparisons, and shares if any, as a suite gives them."""
+    cases = [dataclasses.asdict(c) | {"ratio": c.ratio} for c in comparisons]
+    cases += [dataclasses.asdict(s) | {"kept": s.kept} for s in shares]
+    tables = [table(comparisons)] + [share_table(shares)] * bool(shares)
+    return Measured(cases, "\n\n".join(tables),
                     f"median (least to most) of {repeats}; ratio: the peer over ours")
 
 
@@ -108,5 +139,14 @@ def table(comparisons: list[Comparison]) -> str:
         sides = [c.measured.get(who) for who in people]
         times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})"
                  if m else "–" for m in sides]
-        lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {c.difference:.1e} |")
+        difference = "–" if c.difference is None else f"{c.difference:.1e}"
+        lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {difference} |")
+    return "\n".join(lines)
+
+
+def share_table(shares: Sequence[Share]) -> str:
+    """Markdown: a row a share."""
+    lines = ["| case | share | bar | |", "|---|---:|---:|---|"]
+    lines += [f"| {s.case} | {s.value:.3f} | {s.bar:.3f} | {'kept' if s.kept else 'missed'} |"
+              for s in shares]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import tempfile
 
 from tail_jax.benchmarks import OURS, Comparison, Measured, Options, measured
 from tail_jax.benchmarks.embed import PEER, need_peer
-from tail_jax.benchmarks.process import run_python
+from tail_jax.process import run_python
 
 _LOADS = {
     OURS: """
@@ -42,7 +42,7 @@ seconds, page = time.perf_counter() - start, resource.getpagesize()
 print(json.dumps([seconds, max(peak() - before, page) / weights, mean]))
 """
 # In a process of its own, too: others would inherit its largest resident set from this one.
-_WRITE = """
+WRITE = """
 import sys
 from tail_jax.benchmarks.embed import write_random_checkpoint
 write_random_checkpoint(*sys.argv[1:])
@@ -58,7 +58,7 @@ def run(options: Options) -> Measured:
     need_peer()
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
-            run_python(_WRITE, folder, options.size)
+            run_python(WRITE, folder, options.size)
         path = options.checkpoint or folder
         first = {who: _measure(code, path) for who, code in _LOADS.items()}  # warms the file cache
         found: dict[str, list] = {who: [] for who in _LOADS}

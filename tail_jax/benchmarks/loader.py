@@ -30,7 +30,7 @@ from data_pipelines.log_mel import log_mel
 from data_pipelines.waveforms import chunk_starts
 from tail_jax.benchmarks import OURS, Comparison, Measured, Options, measured
 from tail_jax.benchmarks.embed import waveforms
-from tail_jax.benchmarks.process import resident_bytes, run_python
+from tail_jax.process import resident_bytes, run_python
 
 PARTS, EARLIER = "sum of its parts", "earlier"
 BATCH = 16

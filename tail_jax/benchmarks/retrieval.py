@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tail_jax.benchmarks import OURS, Comparison, Measured, Options, compare, measured
-from tail_jax.benchmarks.process import run_python
+from tail_jax.process import run_python
 
 PEER = "numpy argsort"
 # Captions, clips, dimensions.
@@ -24,7 +24,8 @@ _NOISE = 6.0
 _PEER_BLOCK = 512
 _MEASURE = """
 import sys
-from tail_jax.benchmarks import process, retrieval
+from tail_jax import process
+from tail_jax.benchmarks import retrieval
 who, *sizes = sys.argv[1:]
 data = retrieval.embeddings(*map(int, sizes))
 retrieval.SIDES[who](*data)

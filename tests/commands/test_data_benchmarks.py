@@ -62,7 +62,7 @@ def test_memory_of_a_process_is_what_it_touches():
     touched = np.ones(50_000_000, np.uint8)
     assert 45e6 < process.resident_bytes() - before < 80e6
     assert process.peak_bytes() >= process.resident_bytes() and touched.all()
-    code = "from tail_jax.benchmarks import process; print(process.peak_bytes())"
+    code = "from tail_jax import process; print(process.peak_bytes())"
     assert float(process.run_python(code)) < process.peak_bytes()
     with pytest.raises(ValueError, match="1 2: ZeroDivisionError"):
         process.run_python("1 / 0", "1", "2")
