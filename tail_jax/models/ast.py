@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tail_jax.models.functions import LayerNorm
 from tail_jax.models.transformer import BlockConfig, Stack, pair
 
 
@@ -92,7 +93,7 @@ class ASTTower(nn.Module):
         special = jnp.broadcast_to(jnp.arange(2), (x.shape[0], 2))
         hidden, special, prompts = Stack(block, c.layers, name="encoder")(
             x, None, tuning, deterministic, special, start)
-        norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
+        norm = LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
         return {"tokens": norm(hidden[-1]), "hidden": hidden, "pooled": norm(special).mean(1),
                 "prompts": norm(prompts)}
 

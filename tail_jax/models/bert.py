@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from tail_jax.models.functions import LayerNorm
 from tail_jax.models.transformer import BlockConfig, Stack
 
 
@@ -86,7 +87,7 @@ class TextTower(nn.Module):
         x = embed(c.vocab_size, "word")(token_ids)
         x += embed(c.max_positions, "position")(positions + c.position_offset)
         x += embed(c.type_vocab_size, "token_type")(jnp.zeros(1, jnp.int32))
-        x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, "post", c.epsilon, c.dropout,
                             self.dtype, c.activation, remat=self.remat)

@@ -25,6 +25,7 @@ from tail_jax.models.ast import ASTConfig, ASTTower
 from tail_jax.models.bert import TextConfig, TextTower
 from tail_jax.models.cnn14 import Cnn14Config, Cnn14Tower
 from tail_jax.models.eat import EATConfig, EATTower
+from tail_jax.models.functions import ACTIVATIONS, LayerNorm
 from tail_jax.models.htsat import HTSATConfig, HTSATTower
 from tail_jax.models.wav2vec2 import Wav2Vec2Config, Wav2Vec2Tower
 
@@ -36,10 +37,7 @@ BUFFERS = ("running_mean", "running_var", "input_mean", "input_std")
 # Begins the entries of a batch that hold inputs of a block of the audio tower, before its number.
 HIDDEN = "hidden_"
 
-
 HEADS = ("mlp", "residual")
-HEAD_ACTIVATIONS = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False),
-                    "gelu_tanh": nn.gelu, "silu": nn.silu}
 
 
 class Head(nn.Module):
@@ -59,9 +57,8 @@ class Head(nn.Module):
         linear = lambda name: nn.Dense(self.width, use_bias=bias, name=name)
         e = linear("linear1")(x)
         if bias:
-            return linear("linear2")(HEAD_ACTIVATIONS[self.activation](e))
-        return nn.LayerNorm(1e-5, name="norm")(
-            e + linear("linear2")(HEAD_ACTIVATIONS["gelu"](e)))
+            return linear("linear2")(ACTIVATIONS[self.activation](e))
+        return LayerNorm(1e-5, name="norm")(e + linear("linear2")(ACTIVATIONS["gelu"](e)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +97,9 @@ class DualEncoder:
             object.__setattr__(self, "embedding", _width(next(iter(self.towers.values()))))
         if self.head not in HEADS:
             raise ValueError(f"model.head is {self.head!r}; expected one of {HEADS}")
-        if self.head_activation not in HEAD_ACTIVATIONS:
+        if self.head_activation not in ACTIVATIONS:
             raise ValueError(f"model.head_activation is {self.head_activation!r}; expected one of "
-                             f"{[*HEAD_ACTIVATIONS]}")
+                             f"{[*ACTIVATIONS]}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16'")
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tail_jax.models.ast import standardise
+from tail_jax.models.functions import LayerNorm
 from tail_jax.models.transformer import BlockConfig, Stack
 
 
@@ -126,7 +127,7 @@ class EATTower(nn.Module):
             x = jnp.take_along_axis(x, visible[..., None], 1)
         cls = self.param("cls", nn.initializers.normal(0.02), (c.width,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], 1)
-        x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(c.epsilon, dtype=self.dtype, name="norm")(x)
         return nn.Dropout(c.dropout, deterministic=deterministic)(x)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tail_jax.models.functions import LayerNorm
 from tail_jax.models.transformer import Block, BlockConfig, layer_tuning, pair
 
 
@@ -283,14 +284,14 @@ class HTSATTower(nn.Module):
         if c.fusion:
             x = Fusion(c, self.dtype, name="fusion")(x, images[:, -3:], mask)
         if c.patch_norm:
-            x = nn.LayerNorm(1e-5, dtype=self.dtype, name="patch_norm")(x)
+            x = LayerNorm(1e-5, dtype=self.dtype, name="patch_norm")(x)
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         kind = nn.remat(SwinBlock, static_argnums=(3,)) if self.remat else SwinBlock
         hidden = []
         for s, (depth, width) in enumerate(c.layer_widths):
             if s:
                 x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
-                x = nn.LayerNorm(1e-5, dtype=self.dtype, name=f"merge_norm_{s}")(x)
+                x = LayerNorm(1e-5, dtype=self.dtype, name=f"merge_norm_{s}")(x)
                 x = nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"merge_{s}")(x)
             block = BlockConfig(width, c.heads[s], int(width * c.mlp_ratio), "pre", c.epsilon,
                                 c.dropout, self.dtype, c.activation, c.qkv_bias)
@@ -299,7 +300,7 @@ class HTSATTower(nn.Module):
                 x = kind(block, c.grids[s], c.window, bool(i % 2), name=f"stage_{s}_{i:02d}")(
                     x, own, deterministic)
                 hidden.append(x.reshape(x.shape[0], -1, width))
-        tokens = nn.LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)
+        tokens = LayerNorm(1e-5, dtype=self.dtype, name="norm")(x)
         tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
         return {"tokens": tokens, "hidden": hidden, "pooled": tokens.mean(1)}
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tail_jax.models.functions import LayerNorm, gelu
+
 
 def visible_patches(key: jax.Array, rows: int, grid: tuple[int, int], count: int,
                     block: int) -> jax.Array:
@@ -79,8 +81,7 @@ class PatchDecoder(nn.Module):
         x = x.reshape(rows, *self.grid, width)
         for i in range(self.layers):
             y = nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"conv_{i}")(x)
-            y = nn.gelu(nn.LayerNorm(1e-6, dtype=self.dtype, name=f"norm_{i}")(y),
-                        approximate=False)
+            y = gelu(LayerNorm(1e-6, dtype=self.dtype, name=f"norm_{i}")(y))
             x = x + y if x.shape == y.shape else y
         x = nn.Dense(width, dtype=self.dtype, name="output")(x)
         return x.reshape(rows, -1, width)

@@ -30,10 +30,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Of the feed-forward branch. 'gelu' is x Phi(x); 'gelu_tanh' its approximation by a tanh.
-ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_tanh": nn.gelu,
-               "relu": nn.relu, "silu": nn.silu}
-
+from tail_jax.models.functions import ACTIVATIONS, LayerNorm, attention
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(value, value) of a number, two numbers as they are: sizes along the axes of an image."""
@@ -53,7 +50,7 @@ class BlockConfig:
         epsilon: epsilon of the layer norms.
         dropout: rate on both residual branches; acts only when a key is given.
         dtype: of the computation; parameters keep their own.
-        activation: of the feed-forward network, one of `ACTIVATIONS`.
+        activation: of the feed-forward network, one of `functions.ACTIVATIONS`.
         qkv_bias: whether the query, key and value projections have biases.
         remat: the backward pass computes the block again instead of finding its inside in memory.
     """
@@ -127,26 +124,6 @@ def is_shallow(tuning: dict | None, layers: int) -> bool:
     return prompts is not None and layers > 1 and prompts.ndim > 2 and prompts.shape[-3] == 1
 
 
-def attention(query, key, value, bias=None, mask=None):
-    """softmax(q k^T / sqrt(d) + bias) v, the softmax in float32.
-
-    Heads stand before tokens: products over neighbouring axes need no copies of the operands. With
-    tokens first, the attention of HTSAT's first stage took twice as long on a CPU.
-
-    Args:
-        query: [..., h, S, d]; key, value: [..., h, K, d].
-        bias: broadcastable to [..., h, S, K], added to the scores.
-        mask: bool, broadcastable to [..., h, S, K]; False positions get no weight.
-    """
-    scores = jnp.einsum("...qd,...kd->...qk", query * query.shape[-1] ** -0.5, key)
-    scores = scores.astype(jnp.float32)
-    if bias is not None:
-        scores += bias
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores).astype(value.dtype) @ value
-
-
 class Block(nn.Module):
     """One transformer block on tokens [..., S, d]: attention and feed-forward, pre- or post-norm.
 
@@ -175,8 +152,8 @@ class Block(nn.Module):
         """
         c, tuning = self.config, jax.tree.map(self._cast, tuning or {})
         lora = tuning.get("lora", {})
-        norm1 = nn.LayerNorm(c.epsilon, dtype=c.dtype, name="norm1")
-        norm2 = nn.LayerNorm(c.epsilon, dtype=c.dtype, name="norm2")
+        norm1 = LayerNorm(c.epsilon, dtype=c.dtype, name="norm1")
+        norm2 = LayerNorm(c.epsilon, dtype=c.dtype, name="norm2")
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
         widths = dict.fromkeys(_DENSE, c.width) | {"up": c.hidden}
         layers = {name: nn.Dense(w, c.qkv_bias or name not in ("query", "key", "value"),

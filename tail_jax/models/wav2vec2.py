@@ -22,7 +22,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tail_jax.models.transformer import ACTIVATIONS, BlockConfig, Stack
+from tail_jax.models.functions import ACTIVATIONS, LayerNorm
+from tail_jax.models.transformer import BlockConfig, Stack
 
 _FEATURE_EPSILON = 1e-5  # of the norms between the convolutions, which no configuration sets
 
@@ -149,10 +150,10 @@ class Wav2Vec2Tower(nn.Module):
         lengths = mask.sum(1, dtype=jnp.int32)
         x = self._features(jnp.where(mask, audio, 0).astype(self.dtype), lengths)  # [B, F, c]
         shown = jnp.arange(x.shape[1]) < c.frames(lengths)[:, None]
-        x = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="feature_norm")(x)
+        x = LayerNorm(c.epsilon, dtype=self.dtype, name="feature_norm")(x)
         x = nn.Dense(c.width, dtype=self.dtype, name="project")(x)
         x = self._positioned(x, shown[..., None])
-        norm = nn.LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
+        norm = LayerNorm(c.epsilon, dtype=self.dtype, name="norm")
         x = norm(x) if c.norm == "post" else x
         x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
         block = BlockConfig(c.width, c.heads, c.hidden, c.norm, c.epsilon, c.dropout, self.dtype,
@@ -173,7 +174,7 @@ class Wav2Vec2Tower(nn.Module):
             x = nn.Conv(width, (kernel,), (stride,), "VALID", use_bias=c.feature_bias,
                         dtype=self.dtype, name=f"conv_{i}")(x)
             if c.feature_norm == "layer":
-                x = nn.LayerNorm(_FEATURE_EPSILON, dtype=self.dtype, name=f"conv_norm_{i}")(x)
+                x = LayerNorm(_FEATURE_EPSILON, dtype=self.dtype, name=f"conv_norm_{i}")(x)
             elif i == 0:
                 shown = jnp.arange(x.shape[1]) < ((lengths - kernel) // stride + 1)[:, None]
                 x = _ClipNorm(name="conv_norm_0")(x, shown)
@@ -189,7 +190,6 @@ class Wav2Vec2Tower(nn.Module):
             y = nn.Conv(c.width, (c.position_kernel,), padding=[around], dtype=self.dtype,
                         feature_group_count=c.position_groups, name=f"position_{i}")(y)
             if c.position_norm:
-                y = nn.LayerNorm(_FEATURE_EPSILON, use_bias=False, use_scale=False,
-                                 dtype=self.dtype)(y)
+                y = LayerNorm(_FEATURE_EPSILON, dtype=self.dtype, affine=False)(y)
             y = jnp.where(shown, ACTIVATIONS[c.feature_activation](y), 0)
         return x + y

@@ -27,13 +27,13 @@ from __future__ import annotations
 
 from typing import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tail_jax.models.ast import ASTConfig
 from tail_jax.models.eat import EATConfig
+from tail_jax.models.functions import LayerNorm
 
 READINGS = ("principal", "complement")
 SIDES = ("in", "both")
@@ -60,7 +60,7 @@ def attention_inputs(model, params: dict, hidden: Sequence[jax.Array]) -> list[j
     check_tower(model)
     if isinstance(model.audio, EATConfig):
         return list(hidden[:-1])
-    norm = nn.LayerNorm(model.audio.epsilon, dtype=hidden[0].dtype)
+    norm = LayerNorm(model.audio.epsilon, dtype=hidden[0].dtype)
     blocks = params["audio"]["encoder"]
     return [norm.apply({"params": blocks[f"layer_{i:02d}"]["norm1"]}, h)
             for i, h in enumerate(hidden[:-1])]
