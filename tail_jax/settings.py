@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 
 import jax
@@ -14,7 +16,7 @@ from data_pipelines.batches import DataSettings
 from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.log_mel import LogMelSettings
 from tail_jax import backbone as backbones
-from tail_jax import hosts
+from tail_jax import hosts, process
 from tail_jax.cli import plain
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.training.optimizers import OptimizerConfig, parse_duration
@@ -24,6 +26,7 @@ from tail_jax.training.step import REMAT
 def start_jax(many_hosts: bool = False) -> None:
     """Turns the persistent compilation cache on: the second run of a shape starts at once.
 
+    Where jax has no accelerator to run on, freed memory is kept (`process.keep_freed_memory`).
     With `many_hosts` it joins those that the environment names (`hosts.join`).
 
     Raises:
@@ -34,6 +37,10 @@ def start_jax(many_hosts: bool = False) -> None:
                            os.path.expanduser("~/.cache/tail_jax/compiled"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # jax must not be asked: it would start.
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if jax.config.jax_platforms == "cpu" or not (plugins or importlib.util.find_spec("libtpu")):
+        process.keep_freed_memory()
 
 
 def check(config: dict, devices: int) -> None:

@@ -48,7 +48,7 @@ def cast_frozen(frozen, dtype: str):
     def cast(path, leaf):
         name = leaf_name(path)
         tower = name.startswith(("audio/", "text/")) and name.rsplit("/", 1)[-1] not in BUFFERS
-        return leaf.astype(dtype) if tower else leaf
+        return leaf.astype(dtype, copy=False) if tower else leaf
 
     return jax.tree_util.tree_map_with_path(cast, frozen)
 

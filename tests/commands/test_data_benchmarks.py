@@ -1,13 +1,14 @@
 """Suites of the data and of ranking: both sides compute the same, and memory is measured."""
 
+import os
 import sys
 
 import numpy as np
 import pytest
 
-from tail_jax import benchmark
+from tail_jax import benchmark, process
 from tail_jax.benchmarks import (
-    OURS, Comparison, Options, frontend, loader, process, retrieval, table)
+    OURS, Comparison, Options, frontend, loader, retrieval, table)
 
 
 def test_frontend_suite_compares_equal_features_with_every_peer():
@@ -55,6 +56,28 @@ def test_sides_of_ranking_agree_where_captions_tie_and_where_none_finds_its_clip
         ours, numpys = (rank(asked, owner, gallery) for rank in retrieval.SIDES.values())
         np.testing.assert_allclose(ours, numpys, atol=1e-7)
     assert numpys.tolist() == [0, 0, 0, 0, 61]
+
+
+def test_freed_memory_is_kept_and_touched_once(monkeypatch):
+    code = """
+import resource, sys
+import numpy as np
+from tail_jax import process
+kept = sys.argv[1] == "keep" and process.keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(10_000_000), np.ones(10_000_000)
+before = faults()
+for _ in range(5):
+    np.ones(10_000_000)
+print(kept, faults() - before)
+"""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    kept, plain = (process.run_python(code, way).split() for way in ("keep", "leave"))
+    assert (kept[0], plain[0]) == ("True", "False")
+    assert int(kept[1]) < 100 < 5 * 80_000_000 / 2**21 < int(plain[1])  # pages of 2 MB at most
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert process.run_python(code, "keep").split()[0] == "False"
 
 
 def test_memory_of_a_process_is_what_it_touches():

@@ -148,7 +148,7 @@ def test_all_goes_on_without_a_peer(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     done = benchmark.benchmark_all(Options("tiny"))
     assert [report["suite"] for report, _ in done] == [
-        "embed", "load", "step", "memory", "analytic"]
+        "embed", "load", "step", "memory", "frontend", "loader", "retrieval", "analytic"]
     for report, shown in done:
         failed = report["suite"] == "step"
         assert report["failed"] == ["torch is not installed; pip install it"] * failed

@@ -77,7 +77,8 @@ def test_gradients_with_dropout_and_tuning_are_the_same(norm):
         Stack(dataclasses.replace(config, remat=remat), 2), tuning, jax.random.key(3)))(params, x)
     (value, expected), (got, found) = run(False), run(True)
     assert float(got) == pytest.approx(float(value), rel=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), expected, found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+                 expected, found)
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected[1]))
 
 
