@@ -189,7 +189,7 @@ class Run:
     def embed_backbone(self) -> list[TaskEmbeddings]:
         """The measured split of every task under the pretrained model alone."""
         bare = methods.build(methods.defaults("frozen"))
-        params = _frozen_on_devices(bare, self.backbone, self.mesh)
+        params = frozen_on_devices(bare, self.backbone, self.mesh)
         embedder = Embedder(self.model, bare, self.mesh, self.config["eval"]["batch_size"])
         return self._embed(embedder, {"trainable": {}, "aux": {}}, params)
 
@@ -249,7 +249,7 @@ def open_run(config: dict, workdir: pathlib.Path, pretrain: Callable | None = No
     tests = tuple(read(config, backbone.tokenizer, getattr(task, config["eval"]["split"]),
                        stream.classes) for task in stream.tasks)
     return Run(config, workdir, mesh, method, stream, backbone,
-               _frozen_on_devices(method, backbone, mesh), tests)
+               frozen_on_devices(method, backbone, mesh), tests)
 
 
 def read(config: dict, tokenizer: pathlib.Path | None, split: Split, classes=()) -> SplitReader:
@@ -347,6 +347,8 @@ def _check_same(state: State) -> None:
                      "what the method computed between steps")
 
 
-def _frozen_on_devices(method: Method, backbone: Backbone, mesh: Mesh):
+def frozen_on_devices(method: Method, backbone: Backbone, mesh: Mesh):
+    """What the method needs of the backbone, in the type that its towers compute in."""
     frozen = cast_frozen(method.frozen(backbone.params), backbone.model.dtype)
-    return sharding.place(frozen, mesh)
+    # On a CPU these are the backbone's own arrays where the type is: nothing writes to them.
+    return sharding.move(frozen, sharding.parameter_shardings(frozen, mesh))

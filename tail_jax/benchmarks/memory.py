@@ -28,12 +28,11 @@ from tail_jax import settings
 from tail_jax.benchmarks import training
 from tail_jax.run import peak_memory
 folder, size, method, steps = sys.argv[1:]
-settings.start_jax()
 config = training.configuration(method, folder, size)
 jax.random.key(0)
 """
-# The peer's process makes its prompts and batch without our model.
-_CODE = {OURS: _START + """
+# The peer's process makes its prompts and batch without our model, and has malloc as it is.
+_CODE = {OURS: _START.replace("config =", "settings.start_jax()\nconfig =") + """
 before = peak_memory()
 side = training.Ours(config)
 batch = side.put(training.batch_of(config, side.tokenizer))

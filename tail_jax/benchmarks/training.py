@@ -6,6 +6,7 @@ The batch is made up: noise of 10 s as log-mels, and captions of usual lengths i
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import shutil
 import tempfile
@@ -22,11 +23,11 @@ from tail_jax import backbone as backbones
 from tail_jax import cli, methods, settings
 from tail_jax.benchmarks.embed import captions
 from tail_jax.pretrained import find_tokenizer
-from tail_jax.run import STEP_KEY, Run
+from tail_jax.run import STEP_KEY, Run, frozen_on_devices
 from tail_jax.training import sharding
 from tail_jax.training.kept import Features
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, schedule
-from tail_jax.training.step import cast_frozen, make_train_step
+from tail_jax.training.step import make_train_step
 
 ROWS = 8
 # Of the task, for the schedule: what is measured lies at the start of its warm-up. Adam's first
@@ -64,13 +65,12 @@ class Ours:
     """A method on a CLAP: the state between its steps, and what the steps take beside it."""
 
     def __init__(self, config: dict):
-        backbone = backbones.load(config["model"]["checkpoint"])
         model = settings.described_model(config)
+        backbone = dataclasses.replace(backbones.load(config["model"]["checkpoint"]), model=model)
         self.config, self.model, self.tokenizer = config, model, backbone.tokenizer
         self.method = methods.build(config["method"], len(config["stream"]["tasks"]))
         self.mesh = sharding.make_mesh(**config["mesh"])
-        self.frozen = sharding.place(
-            cast_frozen(self.method.frozen(backbone.params), model.dtype), self.mesh)
+        self.frozen = frozen_on_devices(self.method, backbone, self.mesh)
         self._run = Run(config, pathlib.Path(), self.mesh, self.method, Stream("", ()), backbone,
                         self.frozen, ())
         self.state = self._run.initial_state()
