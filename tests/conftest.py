@@ -21,6 +21,7 @@ from tail_jax import cli
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items):
     """Several processes (--dist=loadgroup) take whole files, whose tests share what they make; a
     file may name smaller groups."""

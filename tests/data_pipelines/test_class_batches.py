@@ -67,7 +67,7 @@ def test_evaluation_audio_is_that_of_a_reader_with_text(stream):
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
     ids, _ = tokenizer.encode([stream.classes[i] for i in two["label"]], SETTINGS.max_tokens)
-    np.testing.assert_array_equal(two["token_ids"], ids)
+    np.testing.assert_array_equal(two["token_ids"], ids[:, :two["token_ids"].shape[1]])
     with pytest.raises(ValueError, match="corpus 'esc50_2' is read without a tokenizer: no text"):
         next(bare.text_batches(4))
 
