@@ -52,37 +52,29 @@ def product(mesh):
             .lower(shape(128, 256), shape(512, 128))}
 
 
-def steps(mesh):
-    """Train steps of small models, the second with wider hidden layers."""
-    lowered = {}
-    for method in ("ptat", "sequential"):
-        for hidden in (32, 96):
-            config = cli.plain(tiny.get_config(f"method={method}"))
-            for tower in ("audio", "text"):
-                config["model"][tower]["hidden"] = hidden
-            shapes = programs.shapes_of(config)
-            lowered[f"{method} {hidden}"] = programs.lower_step(shapes, mesh)
-    return lowered
-
-
-def sizes():
-    """{name: (parameters, trained parameters)} of the models of `steps`."""
+def models():
+    """{name: shapes} of train steps of small models, the second of a method with wider layers."""
     found = {}
     for method in ("ptat", "sequential"):
         for hidden in (32, 96):
             config = cli.plain(tiny.get_config(f"method={method}"))
             for tower in ("audio", "text"):
                 config["model"][tower]["hidden"] = hidden
-            shapes = programs.shapes_of(config)
-            count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-            found[f"{method} {hidden}"] = count(shapes.params), count(shapes.state["trainable"])
+            found[f"{method} {hidden}"] = programs.shapes_of(config)
     return found
+
+
+def sizes(shapes):
+    """(parameters, trained parameters)."""
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    return count(shapes.params), count(shapes.state["trainable"])
 
 
 if __name__ == "__main__":
     both, data = sharding.make_mesh(4, 2), sharding.make_mesh(8, 1)
-    lowered = collectives(both) | product(both) | steps(data)
+    steps = {name: programs.lower_step(shapes, data) for name, shapes in models().items()}
+    lowered = collectives(both) | product(both) | steps
     config = cli.plain(tiny.get_config())
     batch = config["train"]["batch_size"], config["model"]["embedding"]
-    print(json.dumps({"sizes": sizes(), "batch": batch} | {
+    print(json.dumps({"sizes": {n: sizes(s) for n, s in models().items()}, "batch": batch} | {
         name: programs.measure(program.compile()) for name, program in lowered.items()}))
