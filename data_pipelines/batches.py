@@ -447,31 +447,6 @@ def _class_numbers(split: Split, classes: Sequence[str]) -> np.ndarray:
     return np.array([numbers[clip.label] for clip in split.clips], np.int32)
 
 
-def merge_splits(splits: Sequence[Split]) -> Split:
-    """Returns one split with the clips of all, for training on all tasks jointly.
-
-    Ids and groups are prefixed by the corpus (`esc10/audio/1.flac`), so that they stay unique.
-
-    Raises:
-      ValueError: no splits, splits of different names, or two of one corpus.
-    """
-    corpora = [split.corpus for split in splits]
-    names = {split.name for split in splits}
-    if len(names) != 1 or len(set(corpora)) != len(corpora):
-        found = ", ".join(f"{split.corpus}/{split.name}" for split in splits) or "nothing"
-        raise ValueError(f"cannot merge {found}; expected one split each of different corpora")
-    clips = tuple(
-        dataclasses.replace(
-            clip,
-            id=f"{split.corpus}/{clip.id}",
-            group=f"{split.corpus}/{clip.group}" if clip.group else "",
-        )
-        for split in splits
-        for clip in split.clips
-    )
-    return Split("+".join(corpora), names.pop(), clips)
-
-
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(length)

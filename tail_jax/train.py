@@ -23,7 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines.batches import SplitReader, merge_splits
+from data_pipelines.batches import SplitReader
+from data_pipelines.corpora import merge_splits
 from tail_jax import backbone as backbones
 from tail_jax import cli, hosts, settings
 from tail_jax.evaluation.classification import summarize_pooled

@@ -10,8 +10,8 @@ from conftest import write_table, write_tone
 from data_pipelines import batches as batches_module
 from data_pipelines.audio import AudioError, read_audio
 from data_pipelines.augment import SpecAugment
-from data_pipelines.batches import DataSettings, SplitReader, merge_splits
-from data_pipelines.corpora import normalise_caption
+from data_pipelines.batches import DataSettings, SplitReader
+from data_pipelines.corpora import merge_splits, normalise_caption
 from data_pipelines.corpora.folder import read_folder
 from data_pipelines.front_end import FrontEnd
 from data_pipelines.log_mel import LogMelSettings

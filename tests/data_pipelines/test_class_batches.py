@@ -7,7 +7,8 @@ import pytest
 from conftest import write_tone
 from data_pipelines.audio import AudioError
 from data_pipelines.augment import SpecAugment
-from data_pipelines.batches import DataSettings, SplitReader, merge_splits
+from data_pipelines.batches import DataSettings, SplitReader
+from data_pipelines.corpora import merge_splits
 from data_pipelines.log_mel import LogMelSettings
 from data_pipelines.streams import build_stream
 from data_pipelines.text import Tokenizer
