@@ -96,3 +96,22 @@ def test_attention_in_half_precision_is_near_and_keeps_its_type():
     expected = jax.grad(lambda *a: plain_attention(*a).sum(), (0, 1, 2))(*wide)
     for found, value in zip(gradients, expected):
         np.testing.assert_allclose(found.astype(jnp.float32), value, atol=0.08)
+
+
+
+def test_the_backward_pass_of_gelu_keeps_one_array_a_layer():
+    """A layer more takes one array more, not also what both passes compute of it."""
+    rows, width, hidden = 2048, 32, 128
+
+    def temporaries(layers):
+        def loss(x, weights):
+            for up, down in weights:
+                x = x + gelu(x @ up) @ down
+            return x.sum()
+
+        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+        weights = [[shape(width, hidden), shape(hidden, width)]] * layers
+        compiled = jax.jit(jax.grad(loss)).lower(shape(rows, width), weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(9) - temporaries(5) < 4 * 1.5 * 4 * rows * hidden
