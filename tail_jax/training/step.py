@@ -62,9 +62,12 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
     With `remat` 'blocks' the backward pass finds the inputs of the towers' blocks in memory, and
     computes what is inside them again.
     """
-    result = TrainStep()
+    result, options = TrainStep(), None
     if remat == "blocks":
         model = dataclasses.replace(model, remat=True)
+        if mesh.devices.flat[0].platform == "cpu":
+            # XLA orders a CPU's program for speed and would compute all blocks again at once.
+            options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
     def forward(trainable, frozen, aux, batch, key):
         run = functools.partial(method.forward, model, trainable, frozen, aux)
@@ -103,7 +106,7 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
         transform_non_params=lambda _: here)
     result.init_optimizer = jax.jit(optimizer.init, out_shardings=moments)
     result.function = jax.jit(
-        step, donate_argnums=(0, 1),
+        step, donate_argnums=(0, 1), compiler_options=options,
         in_shardings=(small, moments, parameter_shardings(frozen, mesh), None, here, rows, here,
                       here),
         out_shardings=(small, moments, here))

@@ -39,12 +39,13 @@ def make_batch(model, rows=ROWS):
             for k, v in batch.items()}
 
 
-def setup(method, mesh, accumulation=1, prompts=2, dtype="float32", hidden=32):
+def setup(method, mesh, accumulation=1, prompts=2, dtype="float32", hidden=32, layers=2,
+          remat="none"):
     """(model, method, mesh, step, state, opt_state, frozen) on that mesh, of the first devices."""
     config = cli.plain(tiny.get_config(f"method={method}"))
     config["model"]["dtype"] = dtype
     for side in ("audio", "text"):
-        config["model"][side]["hidden"] = hidden
+        config["model"][side] |= {"hidden": hidden, "layers": layers}
     model, method = settings.described_model(config), methods.build(config["method"])
     mesh = sharding.make_mesh(*mesh, devices=jax.devices()[:math.prod(mesh)])
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
@@ -57,7 +58,8 @@ def setup(method, mesh, accumulation=1, prompts=2, dtype="float32", hidden=32):
     frozen = sharding.place(cast_frozen(method.frozen(params), model.dtype), mesh)
     # Epsilon 1 makes Adam's first updates smooth in the gradient: rounding stays rounding.
     optimizer = make_optimizer(OptimizerConfig(epsilon=1.0), method, state["trainable"])
-    step = make_train_step(model, method, optimizer, mesh, state["trainable"], frozen, accumulation)
+    step = make_train_step(model, method, optimizer, mesh, state["trainable"], frozen, accumulation,
+                           remat)
     return model, method, mesh, step, state, step.init_optimizer(state["trainable"]), frozen
 
 
