@@ -96,7 +96,11 @@ def test_full_size_ptat_fits_and_reduces_its_trainable_tree_alone(name):
     report = describe(config, parse_slices("v5e:4x4"), names=("train_step",), batch_per_chip=64)
     step = report["slices"][0]["programs"]["train_step"]
     assert step["fits"] and step["memory"]["total"] < 16e9
+    # Embeddings of two sides, the student's and the teacher's; XLA puts gradients into few messages.
+    assert step["collectives"]["all-gather"]["count"] == 4
+    assert step["collectives"]["all-gather"]["bytes"] == 4 * 64 * 16 * 512 * 4
     reduced = step["collectives"]["all-reduce"]
+    assert reduced["count"] <= 8
     trained, batch = 4 * report["trainable_parameters"], 64 * 16
     # Beside the gradients: the gradient of the embeddings of both sides, and of four similarity
     # matrices' sums what is a row long.
