@@ -52,8 +52,9 @@ def keep_freed_memory() -> bool:
 
     On a CPU, XLA asks for the temporary memory of a program each time it runs it, gigabytes for a
     large train step. glibc takes such blocks from the system and gives them back, and the system
-    fills each page with zeros: a sixth of the time of a step. What the environment says of malloc
-    (MALLOC_...) is left as it is. Before jax is asked for anything.
+    fills each page with zeros: a sixth of the time of a step. Limit: glibc cannot always take again
+    a block of the size that it freed, and may hold two or three of them. What the environment says
+    of malloc (MALLOC_...) is left as it is. Before jax is asked for anything.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
