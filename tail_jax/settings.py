@@ -26,7 +26,9 @@ from tail_jax.training.step import REMAT
 def start_jax(many_hosts: bool = False) -> None:
     """Turns the persistent compilation cache on: the second run of a shape starts at once.
 
-    Where jax has no accelerator to run on, freed memory is kept (`process.keep_freed_memory`).
+    Where jax has no accelerator to run on, freed memory is kept (`process.keep_freed_memory`), and
+    a call of a program returns when it is done: in a thread of its own it tells that its results
+    are there before it gives its temporary memory back, and the next call takes another.
     With `many_hosts` it joins those that the environment names (`hosts.join`).
 
     Raises:
@@ -40,6 +42,7 @@ def start_jax(many_hosts: bool = False) -> None:
     # jax must not be asked: it would start.
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if jax.config.jax_platforms == "cpu" or not (plugins or importlib.util.find_spec("libtpu")):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         process.keep_freed_memory()
 
 

@@ -80,6 +80,23 @@ print(kept, faults() - before)
     assert process.run_python(code, "keep").split()[0] == "False"
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_on_a_cpu_a_call_returns_when_its_temporary_memory_is_free(devices, monkeypatch, tmp_path):
+    code = """
+import jax
+import jax.numpy as jnp
+from tail_jax import settings
+settings.start_jax()
+x = jnp.ones((4000, 40))
+run = jax.jit(lambda x: (x @ x.T) @ x).lower(x).compile()
+print(len(jax.devices()), [run(x).is_ready() for _ in range(5)])
+"""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert process.run_python(code) == f"{devices} {[True] * 5}"
+
+
 def test_memory_of_a_process_is_what_it_touches():
     before = process.resident_bytes()
     touched = np.ones(50_000_000, np.uint8)

@@ -98,7 +98,6 @@ def test_attention_in_half_precision_is_near_and_keeps_its_type():
         np.testing.assert_allclose(found.astype(jnp.float32), value, atol=0.08)
 
 
-
 def test_the_backward_pass_of_gelu_keeps_one_array_a_layer():
     """A layer more takes one array more, not also what both passes compute of it."""
     rows, width, hidden = 2048, 32, 128
