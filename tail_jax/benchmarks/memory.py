@@ -2,9 +2,10 @@
 
 Peak memory is the largest resident set less what was resident after the imports, or on an
 accelerator the most that arrays took; bytes of state are what is trained and the optimizer's
-moments. Steps are those of the suite `step`, with the teacher kept. A process that compiles takes
-more than one that finds its programs in the cache: one of ours of each kind runs before those that
-are measured.
+moments; a step is the median of those of a process without its first. Steps are those of the suite
+`step`, with the teacher kept, and for PTAT also with `train.remat=blocks`, against the same peer. A
+process that compiles takes more than one that finds its programs in the cache: one of ours of each
+kind runs before those that are measured.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from tail_jax.benchmarks.load import WRITE
 from tail_jax.benchmarks.step import FULL, KEPT, PEER
 from tail_jax.process import run_python
 
-METHODS = {KEPT: "ptat", FULL: "sequential"}
+BLOCKS = f"{KEPT}, blocks computed again"
+# Method and `train.remat`; the peer knows only the first.
+CASES = {KEPT: ("ptat", "none"), BLOCKS: ("ptat", "blocks"), FULL: ("sequential", "none")}
 BAR = 0.7  # of the peer's peak
-_STEPS = 3
+_STEPS = 6
 _START = """
-import json, sys
+import json, statistics, sys, time
 import jax
 from tail_jax import settings
 from tail_jax.benchmarks import training
 from tail_jax.run import peak_memory
-folder, size, method, steps = sys.argv[1:]
+folder, size, steps, method, remat = sys.argv[1:]
 config = training.configuration(method, folder, size)
+config["train"]["remat"] = remat
 jax.random.key(0)
+seconds = []
 """
 # The peer's process makes its prompts and batch without our model, and has malloc as it is.
 _CODE = {OURS: _START.replace("config =", "settings.start_jax()\nconfig =") + """
@@ -40,8 +45,11 @@ if method == "ptat":
     side.begin_task(1)
     batch = side.with_kept(batch)
 for _ in range(int(steps)):
+    start = time.perf_counter()
     side.step(batch)
-print(json.dumps([peak_memory() - before, side.state_bytes()]))
+    seconds.append(time.perf_counter() - start)
+peak = peak_memory() - before
+print(json.dumps([peak / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
 """, PEER: _START + """
 import torch
 from transformers import ClapModel
@@ -54,10 +62,12 @@ if method == "ptat":
     side.begin_task()
     more = (side.keep(batch),)
 for _ in range(int(steps)):
+    start = time.perf_counter()
     side.step(batch, *more)
+    seconds.append(time.perf_counter() - start)
 on_chip = torch.cuda.is_available()
 peak = torch.cuda.max_memory_allocated() if on_chip else peak_memory() - before
-print(json.dumps([peak, side.state_bytes()]))
+print(json.dumps([peak / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
 """}
 
 
@@ -72,17 +82,22 @@ def run(options: Options) -> Measured:
         if not options.checkpoint:
             run_python(WRITE, folder, options.size)
         path = str(options.checkpoint or folder)
-        for method in METHODS.values():
-            _measure(_CODE[OURS], path, options.size, method)
-        found = {(case, who): [_measure(code, path, options.size, method)
-                               for _ in range(options.repeats)]
-                 for case, method in METHODS.items() for who, code in _CODE.items()}
-    part = lambda case, i: {who: [each[i] / 1e6 for each in found[case, who]] for who in _CODE}
-    comparisons = [Comparison(f"{quantity}, {case}", 1, part(case, i), None, "MB")
-                   for i, quantity in enumerate(("peak memory", "state")) for case in METHODS]
-    shares = [Share(f"{c.case}, of {PEER}'s", 1 / c.ratio, BAR) for c in comparisons[:len(METHODS)]]
+        measure = lambda who, *case: json.loads(run_python(
+            _CODE[who], path, options.size, str(_STEPS), *case).splitlines()[-1])
+        for case in CASES.values():
+            measure(OURS, *case)
+        asked = [(who, method, remat if who == OURS else "none")
+                 for method, remat in CASES.values() for who in _CODE]
+        found = {each: [] for each in asked}
+        for _ in range(options.repeats):
+            for each in found:
+                found[each].append(measure(*each))
+    part = lambda i, method, remat: {
+        OURS: [each[i] for each in found[OURS, method, remat]],
+        PEER: [each[i] for each in found[PEER, method, "none"]]}
+    comparisons = [
+        Comparison(f"{quantity}, {case}", 1, part(i, *asks), None, unit)
+        for i, (quantity, unit) in enumerate((("peak memory", "MB"), ("state", "MB"), ("step", "s")))
+        for case, asks in CASES.items()]
+    shares = [Share(f"{c.case}, of {PEER}'s", 1 / c.ratio, BAR) for c in comparisons[:len(CASES)]]
     return measured(comparisons, options.repeats, shares)
-
-
-def _measure(code: str, folder: str, size: str, method: str) -> list[int]:
-    return json.loads(run_python(code, folder, size, method, str(_STEPS)).splitlines()[-1])

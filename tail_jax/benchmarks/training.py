@@ -77,7 +77,8 @@ class Ours:
         trainable = self.state["trainable"]
         optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), self.method, trainable)
         self.train_step = make_train_step(model, self.method, optimizer, self.mesh, trainable,
-                                          self.frozen, config["train"]["accumulation"])
+                                          self.frozen, config["train"]["accumulation"],
+                                          config["train"]["remat"])
         self.opt_state = self.train_step.init_optimizer(trainable)
         self.key, self.steps = jax.random.fold_in(self._run.key, STEP_KEY), 0
         self.update_mask = self.method.update_mask(self.state)

@@ -129,12 +129,16 @@ def test_memory_suite_measures_each_side_in_processes_of_its_own(compilation_cac
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", compilation_cache)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     report, _ = benchmark.benchmark("memory", Options("tiny", repeats=1))
-    peaks, states, shares = (report["cases"][i:i + 2] for i in (0, 2, 4))
-    for case in (*peaks, *states):
-        assert case["unit"] == "MB" and all(value[0] > 0 for value in case["measured"].values())
+    peaks, states, steps, shares = (report["cases"][i:i + 3] for i in (0, 3, 6, 9))
+    for case in (*peaks, *states, *steps):
+        assert case["unit"] == ("s" if case in steps else "MB")
+        assert all(value[0] > 0 for value in case["measured"].values())
     for case in states:  # the same parameters and moments; steps are counted a parameter there
         assert case["ratio"] == pytest.approx(1, abs=0.02)
-    assert [share["bar"] for share in shares] == [0.7, 0.7]
+    assert [share["bar"] for share in shares] == [0.7] * 3
+    # One peer, measured once, for PTAT with and without remat.
+    assert all(part[0]["measured"][step.PEER] == part[1]["measured"][step.PEER]
+               for part in (peaks, states, steps))
 
 
 def test_all_goes_on_without_a_peer(monkeypatch):
