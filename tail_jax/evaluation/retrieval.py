@@ -22,9 +22,12 @@ _CUTOFF = 10  # of mAP@10
 # the gallery.
 _SMALLEST_GALLERY = 256
 _LARGE_GALLERY = 4096
-# Scores on the device at once: 8 MiB, which a processor's cache may hold, or 256 MiB.
-_MAX_SCORES = {"cpu": 2**21}
+# Scores on the device at once: 64 MiB or 256 MiB.
+_MAX_SCORES = {"cpu": 2**24}
 _MAX_SCORES_ELSEWHERE = 2**26
+# What is counted of scores is counted in one pass, as digits of one number for so many of them;
+# divides the size of every padded gallery.
+_COUNTED, _DIGIT_BITS = 256, 10
 
 
 @jax.jit
@@ -35,7 +38,6 @@ def _rank_block(queries, relevant, gallery, num_items):
     rows from num_items on are padding.
     """
     scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)  # [B, G]
-    finite = jnp.isfinite(scores).all(axis=1)
     is_item = jnp.arange(gallery.shape[0]) < num_items
     relevant_scores = jnp.where(
         relevant >= 0, jnp.take_along_axis(scores, relevant, axis=1, mode="clip"), -jnp.inf
@@ -45,20 +47,32 @@ def _rank_block(queries, relevant, gallery, num_items):
     # The i-th best relevant item stands behind i - 1 relevant items and every irrelevant one that
     # scores at least as much: all such items but the relevant ones. No score needs to be sorted.
     top = jax.lax.top_k(relevant_scores, min(_CUTOFF, relevant.shape[1]))[0]  # [B, 10]
-
-    def irrelevant(compare, threshold):  # [B, 1] -> [B]
-        everything = (compare(scores, threshold) & is_item).sum(axis=1)
-        return everything - compare(relevant_scores, threshold).sum(axis=1)
-
-    ahead = jnp.stack(
-        [irrelevant(jnp.greater_equal, top[:, i : i + 1]) for i in range(top.shape[1])], axis=1
-    )
-    tied = irrelevant(jnp.equal, top[:, :1]) > 0
+    best = top[:, :1]
+    digits = (scores >= best, scores == best, ~jnp.isfinite(scores))
+    at_least, equal, broken = _count([digit & is_item for digit in digits])
+    ahead = [at_least - (relevant_scores >= best).sum(axis=1)]
+    for i in range(1, top.shape[1]):
+        score = top[:, i : i + 1]
+        (at_least,) = _count([(scores >= score) & is_item])
+        ahead.append(at_least - (relevant_scores >= score).sum(axis=1))
+    ahead = jnp.stack(ahead, axis=1)
+    tied = equal > (relevant_scores == best).sum(axis=1)
     order = jnp.arange(1, top.shape[1] + 1)
     counted = (order <= num_relevant[:, None]) & (order + ahead <= _CUTOFF)
     precision = jnp.where(counted, order / (order + ahead), 0.0)
     average_precision = precision.sum(axis=1) / jnp.clip(num_relevant, 1, _CUTOFF)
-    return 1 + ahead[:, 0], average_precision, tied, finite
+    return 1 + ahead[:, 0], average_precision, tied, broken == 0
+
+
+def _count(flags):
+    """How many are True in each row of each of up to three arrays [B, G] of bool; int32 [B] each.
+
+    One pass over what they are computed from, where a sum of each would be one each.
+    """
+    number = sum(flag.astype(jnp.int32) << (_DIGIT_BITS * i) for i, flag in enumerate(flags))
+    number = number.reshape(len(number), -1, _COUNTED).sum(axis=2)
+    digit = (1 << _DIGIT_BITS) - 1
+    return [((number >> (_DIGIT_BITS * i)) & digit).sum(axis=1) for i in range(len(flags))]
 
 
 class _Relevance:
