@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import iterate, load_tensorflow
+from data_pipelines import map_ahead
 from data_pipelines.audio import (
     AudioError,
     AudioLength,
@@ -144,14 +144,17 @@ class FeatureCache:
         try:
             with open(aside, "wb") as file:
                 header = _write_header(file, (0, *policy.row_shape))
-                results = iterate(_feature_dataset(clips, policy, self.num_parallel))
+                # In threads of our own: tf.data, made to call Python, took a sixth longer.
+                results = map_ahead(
+                    lambda clip: _compute_clip(clip, policy), clips, threads=self.num_parallel
+                )
                 for row, (values, problem) in enumerate(
                     progress(results, len(clips), f"log-mel features of {len(clips)} clips")
                 ):
                     if problem:
-                        problems.append([row, problem.decode("utf-8")])
+                        problems.append([row, problem])
                     else:
-                        file.write(values.tobytes())
+                        file.write(values)
                         rows_clip.extend([row] * len(values))
                 file.seek(0)
                 # NumPy leaves room in a header for the first axis to grow.
@@ -163,33 +166,20 @@ class FeatureCache:
         return _write_record(stem.with_suffix(".json"), rows_clip=rows_clip, problems=problems)
 
 
-def _feature_dataset(clips: Sequence[Clip], policy: ChunkPolicy, num_parallel: int):
-    """Returns a dataset of (features [chunks, frames, mels], problem or b"") in clip order."""
-    tf = load_tensorflow()
+def _compute_clip(clip: Clip, policy: ChunkPolicy) -> tuple[np.ndarray | None, str]:
+    """Returns (features [chunks, frames, mels], "") of a clip, or (None, why it has none)."""
     settings = policy.log_mel
-
-    def compute(row):
-        try:
-            waveforms, valid = read_chunks(
-                clips[row].path,
-                settings.sampling_rate,
-                policy.window_samples,
-                policy.max_chunks,
-                settings.fill,
-            )
-        except AudioError as error:
-            return np.zeros([1, *policy.row_shape], np.float32), str(error).encode("utf-8")
-        return np.stack([log_mel(waveform, settings, valid) for waveform in waveforms]), b""
-
-    return (
-        tf.data.Dataset.range(len(clips))
-        .map(
-            lambda row: tf.numpy_function(compute, [row], (tf.float32, tf.string)),
-            num_parallel_calls=num_parallel,
-            deterministic=True,
+    try:
+        waveforms, valid = read_chunks(
+            clip.path,
+            settings.sampling_rate,
+            policy.window_samples,
+            policy.max_chunks,
+            settings.fill,
         )
-        .prefetch(2)
-    )
+    except AudioError as error:
+        return None, str(error)
+    return np.stack([log_mel(waveform, settings, valid) for waveform in waveforms]), ""
 
 
 def _key(clips: Sequence[Clip], policy: dict) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import concurrent.futures
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines import padded_lengths
+from data_pipelines import map_ahead, padded_lengths
 from tail_jax.models.dual_encoder import DualEncoder
 
 TEMPLATE = "This is a sound of {}."
@@ -274,7 +273,7 @@ class Embeddings:
                 failures[number] = str(error)
                 return number, ()
 
-        ready = _map_ahead(prepare, range(len(clips)), clips, rates)
+        ready = map_ahead(prepare, range(len(clips)), clips, rates)
         for number, rows in _bar(ready, len(clips), "embedding audio", progress):
             for row in rows:
                 yield number, row
@@ -365,22 +364,6 @@ def _prepare(front_end, policy, number: int, clip, rate):
         return front_end.rows(waveform, policy)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-
-
-def _map_ahead(function: Callable, *lists: Sequence) -> Iterator:
-    """`map` in threads, a few results ahead of who takes them."""
-    threads = os.cpu_count() or 1
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    ahead = collections.deque()
-    try:
-        for arguments in zip(*lists):
-            ahead.append(pool.submit(function, *arguments))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _bar(items: Iterable, total: int, what: str, show: bool) -> Iterable:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipelines import padded_lengths
+from data_pipelines import map_ahead, padded_lengths
 from data_pipelines.front_end import FrontEnd, WaveformSettings
 from data_pipelines.log_mel import LogMelSettings
 from data_pipelines.text import Tokenizer
@@ -160,7 +160,7 @@ def test_buckets_grow_by_a_quarter_at_most():
 
 def test_the_front_end_runs_a_bounded_number_of_clips_ahead():
     begun = []
-    results = embedding._map_ahead(lambda i: begun.append(i) or i, range(10_000))
+    results = map_ahead(lambda i: begun.append(i) or i, range(10_000))
     taken = [next(results) for _ in range(20)]
     assert taken == list(range(20))
     assert len(begun) <= 20 + 2 * embedding.os.cpu_count() + 1
