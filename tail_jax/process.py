@@ -62,6 +62,11 @@ def keep_freed_memory() -> bool:
     return all([libc.mallopt(name, value) for name, value in _KEEP.items()])
 
 
+def give_back_freed_memory() -> None:
+    """Gives the system all whole pages that are free, wherever they lie (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def _kilobytes(name: str) -> int:
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(lines[name].split()[0])

@@ -66,8 +66,9 @@ def make_train_step(model, method, optimizer: Optimizer, mesh: Mesh, trainable, 
     if remat == "blocks":
         model = dataclasses.replace(model, remat=True)
         if mesh.devices.flat[0].platform == "cpu":
-            # XLA orders a CPU's program for speed and would compute all blocks again at once.
-            options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+            # By this pass XLA drops, on CPUs, the barriers that have a block wait for the gradient
+            # of its output; all blocks would be computed again before the first is gone through.
+            options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
     def forward(trainable, frozen, aux, batch, key):
         run = functools.partial(method.forward, model, trainable, frozen, aux)

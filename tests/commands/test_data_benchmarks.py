@@ -97,6 +97,27 @@ print(len(jax.devices()), [run(x).is_ready() for _ in range(5)])
     assert process.run_python(code) == f"{devices} {[True] * 5}"
 
 
+def test_what_was_freed_in_between_is_given_back_when_a_program_is_compiled(monkeypatch, tmp_path):
+    code = """
+import jax
+import numpy as np
+from tail_jax import process, settings
+settings.start_jax()
+run = lambda x: jax.jit(lambda y: y + x)(1.0)
+run(1)
+pieces = [np.ones(100_000) for _ in range(500)]
+del pieces[::2]
+before = process.resident_bytes()
+run(2)
+print(before - process.resident_bytes())
+"""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert float(process.run_python(code)) > 0.8 * 250 * 800_000
+
+
 def test_memory_of_a_process_is_what_it_touches():
     before = process.resident_bytes()
     touched = np.ones(50_000_000, np.uint8)

@@ -106,6 +106,7 @@ def test_what_passes_to_the_backward_pass_falls():
 
 
 def test_memory_of_a_train_step_falls():
+    """Also on CPUs, where XLA by itself computes all blocks again before it needs them."""
     found = {}
     for remat in REMAT:
         model, method, _, step, state, opt_state, frozen = setup(
@@ -114,4 +115,4 @@ def test_memory_of_a_train_step_falls():
             state["trainable"], opt_state, frozen, state["aux"], method.update_mask(state),
             make_batch(model), jax.random.key(0), jnp.asarray([0, 9], jnp.int32)).compile()
         found[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert found["blocks"] < 0.7 * found["none"]
+    assert found["blocks"] < 0.5 * found["none"]
