@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -389,7 +390,7 @@ class SplitReader:
         """
         tf = load_tensorflow()
         settings = self.settings
-        parallel = settings.num_parallel or tf.data.AUTOTUNE
+        parallel = settings.num_parallel or os.cpu_count()
         failures: list[AudioError] = []
 
         def compute(slot):

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import write_table, write_tone
 from data_pipelines import batches as batches_module
+from data_pipelines import iterate, load_tensorflow
 from data_pipelines.audio import AudioError, read_audio
 from data_pipelines.augment import SpecAugment
 from data_pipelines.batches import DataSettings, SplitReader
@@ -352,3 +353,17 @@ def test_a_program_ends_with_an_iterator_still_open(corpus_folder, tmp_path):
     arguments = [str(corpus_folder), str(tmp_path / "cache")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], timeout=60)
     assert done.returncode == 7
+
+
+def test_nothing_is_tuned_while_batches_are_read(monkeypatch):
+    # The thread that does so has an iterator close later than it could, by up to half a second.
+    dataset = load_tensorflow().data.Dataset
+    tuned, original = [], dataset.as_numpy_iterator
+
+    def begin(self):
+        tuned.append(self.options().autotune.enabled)
+        return original(self)
+
+    monkeypatch.setattr(dataset, "as_numpy_iterator", begin)
+    assert [*iterate(dataset.range(3))] == [0, 1, 2]
+    assert tuned == [False]
