@@ -26,9 +26,9 @@ from tail_jax.training.step import REMAT
 def start_jax(many_hosts: bool = False) -> None:
     """Turns the persistent compilation cache on: the second run of a shape starts at once.
 
-    Where jax has no accelerator to run on, freed memory is kept (`process.keep_freed_memory`) but
-    for what is free when a program has been compiled, in pieces that the next would not fit in. And
-    a call of a program returns when it is done: in a thread of its own it tells that its results
+    Freed memory is kept (`process.keep_freed_memory`) but for what is free when a program has been
+    compiled, in pieces that the next would not fit in. Where jax has no accelerator to run on, a
+    call of a program returns when it is done: in a thread of its own it tells that its results
     are there before it gives its temporary memory back, and the next call takes another.
     With `many_hosts` it joins those that the environment names (`hosts.join`).
 
@@ -44,8 +44,8 @@ def start_jax(many_hosts: bool = False) -> None:
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if jax.config.jax_platforms == "cpu" or not (plugins or importlib.util.find_spec("libtpu")):
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        if process.keep_freed_memory():
-            jax.monitoring.register_event_duration_secs_listener(_after_compiling)
+    if process.keep_freed_memory():
+        jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
 
 def _after_compiling(event: str, seconds: float, **_) -> None:
