@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tail_jax import losses
+from tail_jax.training.sharding import copied
 
 
 class Taught:
@@ -28,7 +29,7 @@ class Taught:
         state = super().begin_task(state, task, data)
         # A copy: an alias would be freed when the step donates the trainable tree.
         return state | {"aux": state["aux"] | {
-            "teacher": jax.tree.map(jnp.copy, state["trainable"]),
+            "teacher": copied(state["trainable"]),
             "distil": jnp.asarray(task > 0, jnp.float32)}}
 
     def forward(self, model, trainable, frozen, aux, batch, key):

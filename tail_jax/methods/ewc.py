@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from tail_jax import losses
 from tail_jax.methods.full import Sequential
+from tail_jax.training.sharding import copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class EWC(Sequential):
         fisher = jax.tree.map(lambda old, new: self.decay * old + new / count,
                               state["aux"]["fisher"], total)
         # A copy: an alias would be freed when the step donates the trainable tree.
-        optimum = jax.tree.map(jnp.copy, state["trainable"])
+        optimum = copied(state["trainable"])
         return state | {"aux": state["aux"] | {"fisher": fisher, "optimum": optimum}}
 
     def objective(self, model, trainable, frozen, aux, outputs, batch):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tail_jax import losses
 from tail_jax.methods.base import Stage
 from tail_jax.methods.lora import Lora
+from tail_jax.training.sharding import copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LAE(Lora):
     def init(self, key, model, params):
         state = super().init(key, model, params)
         online = state["trainable"]["lora"]
-        lora = {"online": online, "offline": jax.tree.map(jnp.copy, online)}
+        lora = {"online": online, "offline": copied(online)}
         # Classes seen, as classification reads them; whether theta_on moves; 1 - alpha.
         aux = {"known": jnp.zeros(model.classes, bool), "adapts": jnp.ones((), bool),
                "follow": jnp.ones(())}

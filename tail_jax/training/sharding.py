@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -146,14 +147,22 @@ def put_tree(tree, shardings):
 
     It is the same on every host: each puts its parts on its own devices.
     """
+    tree = jax.tree.map(np.asarray, tree)
     if jax.process_count() == 1:
-        return jax.device_put(jax.tree.map(lambda x: np.array(x), tree), shardings)
+        return copied(jax.device_put(tree, shardings))
+    # `device_put` would send all of it to all hosts, to compare.
+    return copied(jax.tree.map(lambda x, sharding: jax.make_array_from_callback(
+        x.shape, sharding, lambda index: x[index]), tree, shardings))
 
-    def put(x, sharding):  # `device_put` would send all of it to all hosts, to compare
-        x = np.array(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(put, tree, shardings)
+@jax.jit
+def copied(tree):
+    """A tree of arrays again, each where it lies, in memory of its own that a step can be given.
+
+    An array that a CPU's `device_put` makes of NumPy's is that one, and cannot: the first step
+    would take as much memory again, and have it stand in the way of all others.
+    """
+    return jax.tree.map(jnp.copy, tree)
 
 
 def move(tree, shardings):

@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec as P
 
@@ -11,7 +12,13 @@ from tail_jax.models.bert import TextConfig
 from tail_jax.models.dual_encoder import AUDIO_TOWERS, DualEncoder
 from tail_jax.models.htsat import HTSATConfig
 from tail_jax.models.presets import preset
-from tail_jax.training.sharding import PARAMETER_RULES, fully, parameter_shardings
+from tail_jax.training.sharding import (
+    PARAMETER_RULES,
+    fully,
+    make_mesh,
+    parameter_shardings,
+    place,
+)
 from tail_jax.tuning.masks import apply_rules, leaf_name
 
 MODELS = {kind: DualEncoder(config(), None) for kind, (config, _) in AUDIO_TOWERS.items()} | {
@@ -62,3 +69,16 @@ def test_wide_layers_of_every_block_are_split_over_the_model_axis(name):
     (P(), (3, 3, 6, 12), P(None, None, None, "fsdp")), (P(), (3, 6), P())])
 def test_full_sharding_takes_the_last_axis_that_can_be_divided(spec, shape, expected):
     assert fully(spec, shape, 4) == expected and fully(spec, shape, 1) == spec
+
+
+@pytest.mark.parametrize("size", [1, 100_003])
+def test_a_step_can_take_over_what_was_put_on_the_devices(size):
+    raw = np.zeros(size + 16, np.float32)
+    first = -raw.ctypes.data % 64 // 4  # so aligned, a CPU's `device_put` takes it as it is
+    source = raw[first:first + size]
+    mesh = make_mesh(devices=jax.devices()[:1])
+    placed = place({"logit_scale": source}, mesh)["logit_scale"]
+    before = placed.unsafe_buffer_pointer()
+    grown = jax.jit(lambda x: x + 1, donate_argnums=0)(placed)
+    assert grown.unsafe_buffer_pointer() == before
+    assert grown.sum() == size and not source.any()
