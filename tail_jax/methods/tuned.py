@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from tail_jax.methods.base import Method
 
 
@@ -37,7 +39,9 @@ class Tuned(Method):
         del model, tree
 
     def init(self, key, model, params):
-        trainable = {self.group: self.init_tuning(key, model)}
+        # One program: those of single operations hold a megabyte each, and start one by one.
+        make = jax.jit(self.init_tuning, static_argnums=1)
+        trainable = {self.group: make(key, model)}
         if self.train_heads:
             trainable["heads"] = params["heads"]
         if self.train_scale and "logit_scale" in params:
