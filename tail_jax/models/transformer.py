@@ -188,7 +188,12 @@ class Block(nn.Module):
             return dense("out", out.reshape(out.shape[:-2] + (c.width,)))
 
         def feed_forward(y):
-            return dense("down", ACTIVATIONS[c.activation](dense("up", y)))
+            # As a matrix, unless items bring low ranks of their own: XLA adds a bias in place only
+            # where the sum has the shape of the product (50 MB in HTSAT's first stage).
+            own = any(leaf.ndim > 2 for leaf in jax.tree.leaves(lora))
+            flat = y if own else y.reshape(-1, c.width)
+            out = dense("down", ACTIVATIONS[c.activation](dense("up", flat)))
+            return out.reshape(y.shape)
 
         def adapt(h):
             if "adapter" not in tuning:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from tail_jax.models.bert import TextConfig
 from tail_jax.models.cnn14 import Cnn14Config
 from tail_jax.models.dual_encoder import DualEncoder
 from tail_jax.models.eat import EATConfig
-from tail_jax.models.htsat import HTSATConfig
+from tail_jax.models.htsat import HTSATConfig, SwinBlock
 from tail_jax.models.transformer import BlockConfig, Stack
 from tail_jax.models.wav2vec2 import Wav2Vec2Config
 from tail_jax.training.step import REMAT
@@ -116,3 +117,17 @@ def test_memory_of_a_train_step_falls():
             make_batch(model), jax.random.key(0), jnp.asarray([0, 9], jnp.int32)).compile()
         found[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert found["blocks"] < 0.5 * found["none"]
+
+
+def test_biases_of_a_wide_feed_forward_are_added_in_place():
+    """Of a Swin block computed again: its hidden units and their gradient, not the sum besides."""
+    rows, grid, hidden = 3, (64, 64), 256
+    kind = nn.remat(SwinBlock, static_argnums=(3,))
+    block = kind(BlockConfig(16, 2, hidden), grid, 8, False)
+    x = jax.ShapeDtypeStruct((rows, *grid, 16), jnp.float32)
+    params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, None, True), x)
+    loss = lambda params, x: jnp.sin(block.apply(params, x, None, True)).sum()
+    compiled = jax.jit(jax.grad(loss, argnums=1), compiler_options={
+        "xla_disable_hlo_passes": "cse_barrier_expander"}).lower(params, x).compile()
+    each = rows * grid[0] * grid[1] * hidden * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * each
