@@ -34,7 +34,14 @@ folder, size, steps, method, remat = sys.argv[1:]
 config = training.configuration(method, folder, size)
 config["train"]["remat"] = remat
 jax.random.key(0)
-seconds = []
+
+def measure(side, peak, *inputs):
+    seconds = []
+    for _ in range(int(steps)):
+        start = time.perf_counter()
+        side.step(*inputs)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps([peak() / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
 """
 # The peer's process makes its prompts and batch without our model, and has malloc as it is.
 _CODE = {OURS: _START.replace("config =", "settings.start_jax()\nconfig =") + """
@@ -44,12 +51,7 @@ batch = side.put(training.batch_of(config, side.tokenizer))
 if method == "ptat":
     side.begin_task(1)
     batch = side.with_kept(batch)
-for _ in range(int(steps)):
-    start = time.perf_counter()
-    side.step(batch)
-    seconds.append(time.perf_counter() - start)
-peak = peak_memory() - before
-print(json.dumps([peak / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
+measure(side, lambda: peak_memory() - before, batch)
 """, PEER: _START + """
 import torch
 from transformers import ClapModel
@@ -61,13 +63,9 @@ more = ()
 if method == "ptat":
     side.begin_task()
     more = (side.keep(batch),)
-for _ in range(int(steps)):
-    start = time.perf_counter()
-    side.step(batch, *more)
-    seconds.append(time.perf_counter() - start)
 on_chip = torch.cuda.is_available()
-peak = torch.cuda.max_memory_allocated() if on_chip else peak_memory() - before
-print(json.dumps([peak / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
+measure(side, lambda: torch.cuda.max_memory_allocated() if on_chip else peak_memory() - before,
+        batch, *more)
 """}
 
 
