@@ -294,7 +294,7 @@ class HTSATTower(nn.Module):
                 x = LayerNorm(1e-5, dtype=self.dtype, name=f"merge_norm_{s}")(x)
                 x = nn.Dense(width, use_bias=False, dtype=self.dtype, name=f"merge_{s}")(x)
             block = BlockConfig(width, c.heads[s], int(width * c.mlp_ratio), "pre", c.epsilon,
-                                c.dropout, self.dtype, c.activation, c.qkv_bias)
+                                c.dropout, self.dtype, c.activation, c.qkv_bias, self.remat)
             stage = _stage_tuning(tuning, s, len(c.depths))
             for i, own in enumerate(layer_tuning(stage, depth, 4)):
                 x = kind(block, c.grids[s], c.window, bool(i % 2), name=f"stage_{s}_{i:02d}")(

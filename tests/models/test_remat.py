@@ -123,7 +123,7 @@ def test_biases_of_a_wide_feed_forward_are_added_in_place():
     """Of a Swin block computed again: its hidden units and their gradient, not the sum besides."""
     rows, grid, hidden = 3, (64, 64), 256
     kind = nn.remat(SwinBlock, static_argnums=(3,))
-    block = kind(BlockConfig(16, 2, hidden), grid, 8, False)
+    block = kind(BlockConfig(16, 2, hidden, remat=True), grid, 8, False)
     x = jax.ShapeDtypeStruct((rows, *grid, 16), jnp.float32)
     params = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, None, True), x)
     loss = lambda params, x: jnp.sin(block.apply(params, x, None, True)).sum()
