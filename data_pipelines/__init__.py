@@ -72,9 +72,14 @@ def _close_open_iterators() -> None:
             iterator.close()
 
 
+def cores() -> int:
+    """Number of cores that this process may run on; Slurm, containers and taskset give some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_ahead(function: Callable, *lists: Sequence, threads: int | None = None) -> Iterator:
     """Returns `map` in threads (one per core), a few results ahead of who takes them."""
-    threads = threads or os.cpu_count() or 1
+    threads = threads or cores()
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     ahead: collections.deque = collections.deque()
     try:

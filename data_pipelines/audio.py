@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import soundfile
 
-from data_pipelines import listing, progress
+from data_pipelines import cores, listing, progress
 from data_pipelines.corpora import Clip
 from data_pipelines.waveforms import chunk_starts, fill_up, fit, resample
 
@@ -181,7 +181,7 @@ def measure_audio(
         except AudioError as error:
             return None, str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(num_parallel or os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(num_parallel or cores()) as pool:
         results = list(progress(pool.map(measure, clips), len(clips), "checking audio"))
     problems = tuple(
         AudioProblem(row, message) for row, (_, message) in enumerate(results) if message

@@ -3,12 +3,11 @@
 import bisect
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_pipelines import iterate, load_tensorflow, padded_lengths
+from data_pipelines import cores, iterate, load_tensorflow, padded_lengths
 from data_pipelines.audio import (
     AudioError,
     AudioProblem,
@@ -390,7 +389,7 @@ class SplitReader:
         """
         tf = load_tensorflow()
         settings = self.settings
-        parallel = settings.num_parallel or os.cpu_count()
+        parallel = settings.num_parallel or cores()
         failures: list[AudioError] = []
 
         def compute(slot):

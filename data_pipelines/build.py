@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 
-from data_pipelines import building, progress
+from data_pipelines import building, cores, progress
 from data_pipelines.audio import header_length
 from data_pipelines.corpora import SPLIT_NAMES
 from data_pipelines.corpora.published import CORPORA, Published, built_name
@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_list("audiocaps", [], "Folders with the tables of AudioCaps, for --overlap.")
     flags.DEFINE_list("blacklist", [], "Blacklists of WavCaps: what they name is left out.")
     flags.DEFINE_bool("group_by_caption", False, "Clips of one caption share a split (WavCaps).")
-    flags.DEFINE_integer("workers", os.cpu_count(), "Clips written at once.", lower_bound=1)
+    flags.DEFINE_integer("workers", cores(), "Clips written at once.", lower_bound=1)
     flags.DEFINE_multi_string("beam", [], "An option of Apache Beam, such as "
                               "--beam=--runner=FlinkRunner; may be given again.")  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import map_ahead
+from data_pipelines import cores, map_ahead
 from data_pipelines.audio import (
     AudioError,
     AudioLength,
@@ -85,7 +85,7 @@ class FeatureCache:
     def __init__(self, directory, max_bytes: int, num_parallel: int | None = None):
         self.directory = pathlib.Path(directory) if directory is not None else None
         self.max_bytes = max_bytes
-        self.num_parallel = num_parallel or os.cpu_count()
+        self.num_parallel = num_parallel or cores()
 
     def features(self, clips: Sequence[Clip], policy: ChunkPolicy) -> Features | None:
         """Returns the features of `clips`, computed if no file has them.

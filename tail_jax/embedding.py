@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines import map_ahead, padded_lengths
+from data_pipelines import cores, map_ahead, padded_lengths
 from tail_jax.models.dual_encoder import DualEncoder
 
 TEMPLATE = "This is a sound of {}."
 # Rows a batch. On a CPU a row of audio for each core is as much as its caches hold (HTSAT-tiny on
 # two cores: 84 ms a clip with 2 rows, 110 with 8).
-BATCH = {"cpu": {"audio": min(os.cpu_count() or 1, 16), "text": 64},
+BATCH = {"cpu": {"audio": min(cores(), 16), "text": 64},
          "accelerator": {"audio": 32, "text": 512}}
 # What counts as one row, so that all batches are about one size. Log-mels count as they are.
 SECONDS_PER_ROW, TOKENS_PER_ROW = 10, 16

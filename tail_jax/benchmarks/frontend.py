@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import threadpoolctl
 
+from data_pipelines import cores
 from data_pipelines.front_end import CLAP, KALDI, FrontEnd
 from data_pipelines.log_mel import LogMelSettings, log_mel
 from tail_jax.benchmarks import OURS, Comparison, Measured, Options, compare, measured
@@ -35,7 +35,7 @@ def run(options: Options) -> Measured:
         found = [_compare(name, settings, [seconds] * one, options.repeats)
                  for name, settings in (("CLAP", CLAP), ("AST's rate", SPEECH))]
         found.append(_compare("CLAP", CLAP, [seconds] * many, options.repeats,
-                              threads=os.cpu_count()))
+                              threads=cores()))
         theirs = _extractors()
         for name, (front_end, extract) in theirs.items():
             clips = waveforms(front_end.sampling_rate, [seconds] * one)

@@ -22,6 +22,7 @@ import time
 import numpy as np
 import soundfile
 
+from data_pipelines import cores
 from data_pipelines.audio import read_chunk
 from data_pipelines.batches import DataSettings, SplitReader
 from data_pipelines.corpora import Clip, Split
@@ -54,7 +55,7 @@ def run(options: Options) -> Measured:
     """
     clips, seconds = SIZES[options.size]
     clips = options.items or clips
-    settings = DataSettings(CLAP, window_seconds=seconds, num_parallel=os.cpu_count())
+    settings = DataSettings(CLAP, window_seconds=seconds, num_parallel=cores())
     with tempfile.TemporaryDirectory() as folder:
         split = write_clips(pathlib.Path(folder), clips, seconds)
         reader = SplitReader(split, None, settings)
@@ -70,7 +71,7 @@ def run(options: Options) -> Measured:
                 found[PARTS].append(_parts(split, settings)[0])
         printed = run_python(_MEASURE, folder, str(seconds), str(EPOCHS))
     epochs = json.loads(printed.splitlines()[-1])
-    name = f"{clips} clips of {seconds:g} s, {os.cpu_count()} threads"
+    name = f"{clips} clips of {seconds:g} s, {cores()} threads"
     return measured([
         *(Comparison(f"{name}: {case}", clips, found, difference)
           for case, found in cases.items()),
