@@ -9,8 +9,12 @@ Imports happen on use: this module alone costs nothing.
 
 
 def load(path, tuning=None, dtype=None):
-    """The model in a checkpoint folder or file, see `tail_jax.backbone.load`."""
-    from tail_jax import backbone
+    """The model in a checkpoint folder or file, see `tail_jax.backbone.load`.
+
+    What it compiles is kept for the next process, see `tail_jax.process.keep_programs`.
+    """
+    from tail_jax import backbone, process
+    process.keep_programs()
     return backbone.load(path, tuning, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, and the memory of a process."""
+"""Programs in processes of their own; the memory of a process, and what it compiles."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def peak_bytes() -> int:
         return _kilobytes("VmHWM") * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_programs() -> None:
+    """Turns jax's persistent compilation cache on, where nobody has chosen or refused one."""
+    import jax
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir",
+                          os.path.expanduser("~/.cache/tail_jax/compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def keep_freed_memory() -> bool:

@@ -24,7 +24,7 @@ from tail_jax.training.step import REMAT
 
 
 def start_jax(many_hosts: bool = False) -> None:
-    """Turns the persistent compilation cache on: the second run of a shape starts at once.
+    """Turns the compilation cache on (`process.keep_programs`): a shape's second run starts at once.
 
     Freed memory is kept (`process.keep_freed_memory`) but for what is free when a program has been
     compiled, in pieces that the next would not fit in. Where jax has no accelerator to run on, a
@@ -36,10 +36,7 @@ def start_jax(many_hosts: bool = False) -> None:
         ValueError: if they cannot be joined, or this command runs on one host only.
     """
     (hosts.join if many_hosts else hosts.refuse)()
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR",
-                           os.path.expanduser("~/.cache/tail_jax/compiled"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    process.keep_programs()
     # jax must not be asked: it would start.
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if jax.config.jax_platforms == "cpu" or not (plugins or importlib.util.find_spec("libtpu")):
@@ -83,8 +80,8 @@ def check(config: dict, devices: int) -> None:
     OptimizerConfig(**config["optimizer"])
     parse_duration(train["duration"], 1, 1)
     if train.get("tuning_files", "all") not in ("all", "last"):
-        raise ValueError(f"train.tuning_files is {train['tuning_files']!r}; expected 'all', one for "
-                         "each task, or 'last'")
+        raise ValueError(f"train.tuning_files is {train['tuning_files']!r}; expected 'all', one "
+                         "for each task, or 'last'")
     if evaluation["split"] not in SPLIT_NAMES:
         raise ValueError(f"eval.split is {evaluation['split']!r}; expected one of "
                          f"{', '.join(SPLIT_NAMES)}")

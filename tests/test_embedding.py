@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipelines import map_ahead, padded_lengths
+import tail_jax
+from data_pipelines import cores, map_ahead, padded_lengths
 from data_pipelines.front_end import FrontEnd, WaveformSettings
 from data_pipelines.log_mel import LogMelSettings
 from data_pipelines.text import Tokenizer
@@ -156,6 +158,32 @@ def test_buckets_grow_by_a_quarter_at_most():
     assert max(b / a for a, b in itertools.pairwise(sizes)) <= 1.25
     assert padded_lengths(8, 8, 4) == [8] and padded_lengths(8, 5, 8) == [5]
     assert padded_lengths(8, 77, 4)[-2:] == [64, 77]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are not given here")
+def test_cores_are_those_that_the_process_may_run_on():
+    given = os.sched_getaffinity(0)
+    assert cores() == len(given)
+    os.sched_setaffinity(0, {min(given)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)
+
+
+@pytest.mark.parametrize("chosen, expected", [
+    (None, ".cache/tail_jax/compiled"), ("", ""), ("elsewhere", "elsewhere")])
+def test_loading_keeps_what_is_compiled(tmp_path, monkeypatch, chosen, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        with pytest.raises((ValueError, OSError)):
+            tail_jax.load(tmp_path / "nothing")
+        assert jax.config.jax_compilation_cache_dir == (
+            expected if chosen is not None else str(tmp_path / expected))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_the_front_end_runs_a_bounded_number_of_clips_ahead():
