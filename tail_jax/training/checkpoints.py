@@ -26,7 +26,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        # Which is the latest, all hosts are told by one: a shared disk may show each another list.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False,
+                                               single_host_load_and_broadcast=True)
         # Named here, because a manager knows the handlers of what it has saved itself only.
         handlers = {"state": ocp.StandardCheckpointHandler(),
                     "progress": ocp.JsonCheckpointHandler()}

@@ -44,18 +44,22 @@ def runs(tiny_config, tiny_classes_config, tmp_path_factory, launch):
     folder = tmp_path_factory.mktemp("runs")
     fields = {"train.duration": "4 steps"}
     text, classes = tiny_config("ptat", tasks=2, **fields), tiny_classes_config("l2p", 2, **fields)
+    # Every host has a part of what is trained, frozen and saved.
+    parts = tiny_config("sequential", tasks=2, **fields | {"mesh.fsdp": 8})
     often = tiny_config("ptat", tasks=2, **fields | {"train.save_seconds": 0.0})
     job = lambda name, config, **more: {"config": config, "workdir": folder / name} | more
     stop = {"signal": "SIGTERM", "process": 0, "step": 5}
-    one = launch(1, [job("text", text), job("classes", classes), job("one_to_two", text, **stop)])
+    one = launch(1, [job("text", text), job("classes", classes), job("one_to_two", text, **stop),
+                     job("parts", parts)])
     assert one.returncode == 0, one.stderr
     two = launch(2, [
         {"trouble": True},
         job("one_to_two", text),
         job("classes_two", classes, evaluate=str(folder / "row")),
+        job("parts_to_one", parts, **stop),
         job("two_to_one", text, **stop | {"process": 1, "step": 2}),
         job("killed", often, **stop | {"signal": "SIGKILL", "process": 1, "step": 6})])
-    return folder, one, two, {"two_to_one": text, "killed": often}
+    return folder, one, two, {"two_to_one": text, "killed": often, "parts_to_one": parts}
 
 
 def losses(folder):
@@ -109,6 +113,19 @@ def test_one_process_goes_on_where_two_were_stopped(runs, name, capsys):
     else:
         assert "resumes at task 2" in capsys.readouterr().err
     check_same(folder / name, folder / "text")
+
+
+def test_parts_that_two_processes_saved_are_one_process_state(runs, launch):
+    folder, _, two, configs = runs
+    run = folder / "parts_to_one"
+    assert two.stdout.count("parts_to_one: stopped after 6 steps") == 2, two.stdout
+    assert not (run / "results.json").exists()
+    for process in (0, 1):  # both have written
+        assert any(file.stat().st_size > 1000 for file in run.glob(
+            f"checkpoints/*/state/ocdbt.process_{process}/**/*") if file.is_file())
+    done = launch(1, [{"config": configs["parts_to_one"], "workdir": run}])
+    assert done.returncode == 0 and "resumes at task 2, step 2" in done.stderr, done.stderr
+    check_same(run, folder / "parts")
 
 
 def test_an_error_of_one_process_ends_all_with_a_line(runs):
