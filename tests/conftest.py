@@ -81,17 +81,17 @@ def tiny_classes_config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_python(compilation_cache):
-    """run_python(*arguments, devices=1) -> the finished process, its output as text.
+    """run_python(*arguments, devices=1, cwd=ROOT) -> the finished process, its output as text.
 
     It compiles as the test that starts it does: with `quick_compilation` or not.
     """
 
-    def run(*arguments, devices=1, timeout=300):
+    def run(*arguments, devices=1, timeout=300, cwd=ROOT):
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+            "PYTHONPATH": str(cwd), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
         if devices > 1:
             environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment,
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
                               capture_output=True, text=True, timeout=timeout)
 
     return run

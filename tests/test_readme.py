@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import jax
@@ -32,13 +33,31 @@ def blocks(language):
 def test_the_example_method_is_short_and_trains(tiny_config, tmp_path, monkeypatch):
     code = next(block for block in blocks("python") if "class Heads" in block)
     assert len(code.splitlines()) < 40
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
-    exec(code, {"__name__": "heads"})  # it registers itself in the dict of the package
+    exec(code, names := {"__name__": "heads"})
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS | {"heads": names["Heads"]})
     config = tiny_config("frozen", tasks=2) | {"method": methods.defaults("heads")}
     results = train(config, tmp_path / "run")
     assert results["method"] == "heads" and results["trace_count"] == 1
     heads = 2 * (16 * 8 + 8 + 8 * 8 + 8)
     assert results["trainable_parameters"] == heads
+
+
+def test_the_example_method_is_found_where_the_readme_puts_it(run_python, tmp_path):
+    package = tmp_path / "tail_jax"
+    shutil.copytree(ROOT / "tail_jax", package)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    code = next(block for block in blocks("python") if "class Heads" in block)
+    (package / "methods" / "heads.py").write_text(code)
+    listed = package / "methods" / "__init__.py"
+    assert '`"heads": Heads` among the `METHODS`' in README
+    listed.write_text(listed.read_text().replace(
+        "METHODS: dict[str, type[Method]] = {",
+        "from tail_jax.methods.heads import Heads\nMETHODS: dict[str, type[Method]] = {\n"
+        '    "heads": Heads,'))
+    done = run_python("-c", "from configs import quickstart;"
+                      "print(quickstart.get_config('method=heads').method.to_dict())",
+                      cwd=tmp_path)
+    assert "'name': 'heads'" in done.stdout and "'learning_rate': 0.001" in done.stdout, done.stderr
 
 
 def test_the_example_of_embedding_runs(tmp_path, monkeypatch):
