@@ -23,6 +23,7 @@ class Options:
         repeats: measurements of each case.
         checkpoint: folder to measure with, in place of random weights; None for those.
         items: of the longest case, or of the stream; None is the suite's own number.
+        batch_size: of the train steps of `step` and `memory`; None is 8 on a CPU, 64 elsewhere.
         config: configuration file that takes method= and tasks=.
         methods: to measure; none is all but the ablations.
         tasks: numbers of tasks, ascending; none is the suite's own.
@@ -33,6 +34,7 @@ class Options:
     repeats: int = 5
     checkpoint: str | None = None
     items: int | None = None
+    batch_size: int | None = None
     config: str = "configs/task_costs.py"
     methods: tuple[str, ...] = ()
     tasks: tuple[int, ...] = ()
@@ -75,10 +77,12 @@ class Comparison:
     unit: str = "s"
 
     @property
-    def ratio(self) -> float:
-        """Median of the peer over ours: above 1 we are faster, or take less."""
-        peer = next(who for who in self.measured if who != OURS)
-        return statistics.median(self.measured[peer]) / statistics.median(self.measured[OURS])
+    def ratio(self) -> float | None:
+        """Median of the peer over ours, above 1 we are faster or take less; None without a peer."""
+        peers = [times for who, times in self.measured.items() if who != OURS]
+        if not peers:
+            return None
+        return statistics.median(peers[0]) / statistics.median(self.measured[OURS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +143,9 @@ def table(comparisons: list[Comparison]) -> str:
         sides = [c.measured.get(who) for who in people]
         times = [f"{statistics.median(m):.3g} {c.unit} ({min(m):.3g} to {max(m):.3g})"
                  if m else "–" for m in sides]
+        ratio = "–" if c.ratio is None else f"{c.ratio:.2f}"
         difference = "–" if c.difference is None else f"{c.difference:.1e}"
-        lines.append(f"| {c.case} | {' | '.join(times)} | {c.ratio:.2f} | {difference} |")
+        lines.append(f"| {c.case} | {' | '.join(times)} | {ratio} | {difference} |")
     return "\n".join(lines)
 
 

@@ -6,11 +6,11 @@ Waveforms are no longer than the window, where both do the same with them.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 import tail_jax
@@ -44,19 +44,18 @@ def waveforms(rate: int, seconds: list[float]) -> list[np.ndarray]:
 class Peer:
     """transformers' ClapModel with its feature extractor and tokenizer, from a folder."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, device: str = "cpu"):
         import torch
         import transformers
-        torch.set_num_threads(os.cpu_count())
-        self._torch, self._unit = torch, torch.nn.functional.normalize
-        self.model = transformers.ClapModel.from_pretrained(folder).eval()
+        self._torch, self._unit, self._device = torch, torch.nn.functional.normalize, device
+        self.model = transformers.ClapModel.from_pretrained(folder).eval().to(device)
         self.extractor = transformers.ClapFeatureExtractor.from_pretrained(folder)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def embed_audio(self, clips: list[np.ndarray]) -> np.ndarray:
         """One batch."""
         inputs = self.extractor(clips, sampling_rate=self.extractor.sampling_rate,
-                                return_tensors="pt")
+                                return_tensors="pt").to(self._device)
         with self._torch.inference_mode():
             return self._rows(self.model.get_audio_features(**inputs))
 
@@ -65,14 +64,14 @@ class Peer:
         out = []
         for first in range(0, len(texts), PEER_TEXTS):
             inputs = self.tokenizer(texts[first:first + PEER_TEXTS], padding=True, truncation=True,
-                                    return_tensors="pt")
+                                    return_tensors="pt").to(self._device)
             with self._torch.inference_mode():
                 out.append(self._rows(self.model.get_text_features(**inputs)))
         return np.concatenate(out)
 
     def _rows(self, features) -> np.ndarray:
         features = getattr(features, "pooler_output", features)
-        return self._unit(features, dim=-1).numpy()
+        return self._unit(features, dim=-1).cpu().numpy()
 
 
 def write_random_checkpoint(folder, size: str) -> None:
@@ -111,18 +110,40 @@ def need_peer() -> None:
                          "installed; pip install 'tail_jax[torch]'") from None
 
 
+def peer_device() -> str | None:
+    """Where the peer runs: on a CPU or a GPU as we do; None on a TPU, which it does not know.
+
+    Raises:
+        ValueError: torch or transformers are not installed, or torch sees no GPU where jax does.
+    """
+    if jax.default_backend() not in ("cpu", "gpu"):
+        return None
+    need_peer()
+    import torch
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError("jax runs on a GPU and torch sees none; install a torch built for it, or "
+                         "set JAX_PLATFORMS=cpu")
+    return "cuda"
+
+
 def run(options: Options) -> Measured:
     """Single clips and batches, texts in one batch and in many; of one length and of several.
 
     Raises:
-        ValueError: torch or transformers are not installed.
+        ValueError: there is no peer: torch or transformers are not installed, or this is a TPU.
     """
-    need_peer()
+    device = peer_device()
+    if device is None:
+        raise ValueError(f"this suite compares with PyTorch, which does not run on "
+                         f"{jax.devices()[0].device_kind}; expected a CPU or a GPU")
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
             write_random_checkpoint(folder, options.size)
         folder = pathlib.Path(options.checkpoint or folder)
-        return measured(_compare(tail_jax.load(folder), Peer(folder), options), options.repeats)
+        return measured(_compare(tail_jax.load(folder), Peer(folder, device),
+                                 options), options.repeats)
 
 
 def _compare(ours, peer: Peer, options: Options) -> list[Comparison]:

@@ -22,7 +22,13 @@ from tail_jax.process import run_python
 BLOCKS = f"{KEPT}, blocks computed again"
 # Method and `train.remat`; the peer knows only the first.
 CASES = {KEPT: ("ptat", "none"), BLOCKS: ("ptat", "blocks"), FULL: ("sequential", "none")}
+QUANTITIES = (("peak memory", "MB"), ("state", "MB"), ("step", "s"))
 BAR = 0.7  # of the peer's peak
+_DEVICE = """
+import json
+from tail_jax.benchmarks.embed import peer_device
+print(json.dumps(peer_device()))
+"""
 _STEPS = 6
 _START = """
 import json, statistics, sys, time
@@ -30,42 +36,34 @@ import jax
 from tail_jax import settings
 from tail_jax.benchmarks import training
 from tail_jax.run import peak_memory
-folder, size, steps, method, remat = sys.argv[1:]
-config = training.configuration(method, folder, size)
+folder, size, rows, device, steps, method, remat = sys.argv[1:]
+config = training.configuration(method, folder, size, int(rows) or None)
 config["train"]["remat"] = remat
 jax.random.key(0)
 
-def measure(side, peak, *inputs):
+def measure(side, peak):
     seconds = []
+    batch = side.put(training.batch_of(config))
+    if method == "ptat":
+        side.begin_task()
+        batch = side.with_kept(batch)
     for _ in range(int(steps)):
         start = time.perf_counter()
-        side.step(*inputs)
+        side.step(batch)
         seconds.append(time.perf_counter() - start)
     print(json.dumps([peak() / 1e6, side.state_bytes() / 1e6, statistics.median(seconds[1:])]))
 """
 # The peer's process makes its prompts and batch without our model, and has malloc as it is.
 _CODE = {OURS: _START.replace("config =", "settings.start_jax()\nconfig =") + """
 before = peak_memory()
-side = training.Ours(config)
-batch = side.put(training.batch_of(config, side.tokenizer))
-if method == "ptat":
-    side.begin_task(1)
-    batch = side.with_kept(batch)
-measure(side, lambda: peak_memory() - before, batch)
+measure(training.Ours(config), lambda: peak_memory() - before)
 """, PEER: _START + """
 import torch
 from transformers import ClapModel
 from tail_jax.benchmarks import torch_clap
 before = peak_memory()
-side = training.make_peer(config)
-batch = side.batch(training.batch_of(config))
-more = ()
-if method == "ptat":
-    side.begin_task()
-    more = (side.keep(batch),)
-on_chip = torch.cuda.is_available()
-measure(side, lambda: torch.cuda.max_memory_allocated() if on_chip else peak_memory() - before,
-        batch, *more)
+measure(training.make_peer(config, device), lambda: (
+    torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory() - before))
 """}
 
 
@@ -75,27 +73,32 @@ def run(options: Options) -> Measured:
     Raises:
         ValueError: torch or transformers are not installed, or a process failed.
     """
-    need_peer()
+    # In a process of its own, which gives the accelerator back when it ends.
+    device = json.loads(run_python(_DEVICE))
+    people = [OURS] + [PEER] * bool(device)
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
+            need_peer()
             run_python(WRITE, folder, options.size)
         path = str(options.checkpoint or folder)
         measure = lambda who, *case: json.loads(run_python(
-            _CODE[who], path, options.size, str(_STEPS), *case).splitlines()[-1])
+            _CODE[who], path, options.size, str(options.batch_size or 0), str(device), str(_STEPS),
+            *case).splitlines()[-1])
         for case in CASES.values():
             measure(OURS, *case)
         asked = [(who, method, remat if who == OURS else "none")
-                 for method, remat in CASES.values() for who in _CODE]
+                 for method, remat in CASES.values() for who in people]
         found = {each: [] for each in asked}
         for _ in range(options.repeats):
             for each in found:
                 found[each].append(measure(*each))
     part = lambda i, method, remat: {
-        OURS: [each[i] for each in found[OURS, method, remat]],
-        PEER: [each[i] for each in found[PEER, method, "none"]]}
+        who: [each[i] for each in found[who, method, remat if who == OURS else "none"]]
+        for who in people}
     comparisons = [
         Comparison(f"{quantity}, {case}", 1, part(i, *asks), None, unit)
-        for i, (quantity, unit) in enumerate((("peak memory", "MB"), ("state", "MB"), ("step", "s")))
+        for i, (quantity, unit) in enumerate(QUANTITIES)
         for case, asks in CASES.items()]
-    shares = [Share(f"{c.case}, of {PEER}'s", 1 / c.ratio, BAR) for c in comparisons[:len(CASES)]]
+    shares = [Share(f"{c.case}, of {PEER}'s", 1 / c.ratio, BAR)
+              for c in comparisons[:len(CASES)] if c.ratio]
     return measured(comparisons, options.repeats, shares)

@@ -37,6 +37,7 @@ class Settings:
         weight_decay: of matrices.
         betas, epsilon, clip: of AdamW, and the largest norm of the gradient.
         factor: step -> factor of the rates.
+        dtype: of the towers, "float32" or "bfloat16".
         similarity, feature: (weight, temperature) of the distillation.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     epsilon: float
     clip: float
     factor: Callable[[int], float]
+    dtype: str = "float32"
     similarity: tuple[float, float] = (1.0, 2.0)
     feature: tuple[float, float] = (1.0, 2.0)
 
@@ -138,19 +140,23 @@ class Trainer:
     Args:
         folder: checkpoint of a CLAP.
         prompts: of PTAT at the start, as `Prompts` takes them; None fine-tunes everything.
-        device: where it trains; on an accelerator compiled, under bfloat16's autocast.
+        device: "cpu", or "cuda", where it is compiled.
     """
 
     def __init__(self, folder, settings: Settings, prompts: Mapping | None, device: str = "cpu"):
         clap = transformers.ClapModel.from_pretrained(folder).eval()
         self.model, self.settings, self.device = clap, settings, device
-        self.prompts, self.teacher, self.steps = None, None, 0
+        self.prompts, self.teacher = None, None
         self.heads = nn.ModuleDict({"audio": clap.audio_projection, "text": clap.text_projection})
         clap.logit_scale_t.requires_grad_(False)  # one temperature, for both directions
         if prompts is not None:
             self.prompts = Prompts(prompts)
             for parameter in (*clap.audio_model.parameters(), *clap.text_model.parameters()):
                 parameter.requires_grad_(False)
+            if settings.dtype == "bfloat16":  # once; autocast would cast them in each step
+                for module in (*clap.audio_model.modules(), *clap.text_model.modules()):
+                    if isinstance(module, (nn.Linear, nn.Conv2d)):
+                        module.to(torch.bfloat16)
             self._audio, self._text = _insert(clap)
             self.prompts.to(device)
         clap.to(device)
@@ -179,8 +185,8 @@ class Trainer:
                  "weight_decay": self.settings.weight_decay * decayed}
                 for (rate, decayed), parameters in groups.items()]
 
-    def batch(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """A batch of the other side, of distinct clips and captions, as this side takes it."""
+    def put(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """A batch of the other side, of distinct clips and captions, on the device."""
         return {
             "input_features": torch.from_numpy(arrays["audio"])[:, None].to(self.device),
             "input_ids": torch.from_numpy(arrays["token_ids"]).long().to(self.device),
@@ -191,24 +197,29 @@ class Trainer:
         self.teacher = tuple(copy.deepcopy(part).requires_grad_(False) for part in (
             self.prompts, self.heads, self.model.logit_scale_a))
 
-    def step(self, batch: Mapping[str, torch.Tensor], kept: tuple | None = None) -> torch.Tensor:
-        """One update on a batch; returns the loss.
+    def step(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Takes a step and waits for it; returns the loss.
 
-        With a teacher, `kept` are its embeddings of the batch; None computes them.
+        A teacher's embeddings are taken from the batch, if it has them (`with_kept`).
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
-            loss = self._losses(batch, kept)
+        with torch.autocast(self.device, torch.bfloat16, self.settings.dtype == "bfloat16"):
+            loss = self._losses(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainables, self.settings.clip)
         self.optimizer.step()
         self.schedule.step()
-        self.steps += 1
-        return loss.detach()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+    def with_kept(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch with the teacher's embeddings of it, computed as in a step."""
+        with torch.autocast(self.device, torch.bfloat16, self.settings.dtype == "bfloat16"):
+            return {**batch, "kept": self._taught(batch)}
 
     @torch.no_grad()
-    def keep(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's embeddings of a batch."""
+    def _taught(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         return self._embed(batch, *self.teacher[:2])
 
     def _embed(self, batch, prompts, heads):
@@ -223,10 +234,11 @@ class Trainer:
         return tuple(F.normalize(heads[side](x).float(), dim=-1)
                      for side, x in (("audio", audio), ("text", text)))
 
-    def _loss(self, batch, kept):
+    def _loss(self, batch):
         # The backward pass reads the tensors of the forward pass, not the modules' attributes.
+        kept = batch.get("kept")
         if self.teacher is not None and kept is None:
-            kept = self.keep(batch)
+            kept = self._taught(batch)
         a, t = self._embed(batch, self.prompts, self.heads)
         with torch.autocast(self.device, enabled=False):
             return self._objective(a, t, kept)

@@ -29,25 +29,35 @@ from tail_jax.training.kept import Features
 from tail_jax.training.optimizers import OptimizerConfig, make_optimizer, schedule
 from tail_jax.training.step import make_train_step
 
-ROWS = 8
+# Of a batch, where nothing is said: enough that an accelerator does not wait for the host.
+ROWS = {"cpu": 8, "accelerator": 64}
 # Of the task, for the schedule: what is measured lies at the start of its warm-up. Adam's first
 # updates are signs, also of gradients that are all rounding: at ten times the rates, prompts of the
 # two sides were 7e-4 apart after a few steps.
 STEPS = 1000
 
 
-def configuration(method: str, folder, size: str) -> dict:
-    """`configs/tail_clap.py` (plain dicts) with the checkpoint in `folder` and batches of `ROWS`.
+def configuration(method: str, folder, size: str, rows: int | None = None) -> dict:
+    """`configs/tail_clap.py` (plain dicts) with the checkpoint in `folder`.
 
-    Towers compute in float32 on a CPU and in bfloat16 on an accelerator.
+    Batches have `rows`, or as many as ROWS says. Towers compute in float32 on a CPU and in
+    bfloat16 on an accelerator.
+
+    Raises:
+        ValueError: the checkpoint is not of a CLAP that the suites train.
     """
     config = cli.plain(tail_clap.get_config(f"method={method}"))
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = "float32" if on_cpu else "bfloat16"
     config["model"] |= {"checkpoint": str(folder), "dtype": dtype}
-    config["train"]["batch_size"] = ROWS
+    config["train"]["batch_size"] = rows or ROWS["cpu" if on_cpu else "accelerator"]
     if size == "tiny":
         config["data"]["max_tokens"] = 24
-    return settings.with_checkpoint(config)
+    config = settings.with_checkpoint(config)
+    if config["model"]["audio"].get("fusion"):
+        raise ValueError(f"{folder} is a fused CLAP; expected one that takes a single log-mel, such "
+                         "as clap-htsat-unfused")
+    return config
 
 
 def batch_of(config: dict, tokenizer: pathlib.Path | None = None) -> dict[str, np.ndarray]:
@@ -62,28 +72,34 @@ def batch_of(config: dict, tokenizer: pathlib.Path | None = None) -> dict[str, n
 
 
 class Ours:
-    """A method on a CLAP: the state between its steps, and what the steps take beside it."""
+    """A method on a CLAP: the state between its steps, and what the steps take beside it.
+
+    On one device, as the peer.
+    """
 
     def __init__(self, config: dict):
         model = settings.described_model(config)
         backbone = dataclasses.replace(backbones.load(config["model"]["checkpoint"]), model=model)
         self.config, self.model, self.tokenizer = config, model, backbone.tokenizer
         self.method = methods.build(config["method"], len(config["stream"]["tasks"]))
-        self.mesh = sharding.make_mesh(**config["mesh"])
+        self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         self.frozen = frozen_on_devices(self.method, backbone, self.mesh)
         self._run = Run(config, pathlib.Path(), self.mesh, self.method, Stream("", ()), backbone,
                         self.frozen, ())
         self.state = self._run.initial_state()
         trainable = self.state["trainable"]
-        optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), self.method, trainable)
-        self.train_step = make_train_step(model, self.method, optimizer, self.mesh, trainable,
-                                          self.frozen, config["train"]["accumulation"],
-                                          config["train"]["remat"])
+        self.train_step = self._step_on(self.mesh)
         self.opt_state = self.train_step.init_optimizer(trainable)
         self.key, self.steps = jax.random.fold_in(self._run.key, STEP_KEY), 0
         self.update_mask = self.method.update_mask(self.state)
 
-    def begin_task(self, task: int) -> None:
+    def _step_on(self, mesh):
+        config, trainable = self.config, self.state["trainable"]
+        optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), self.method, trainable)
+        return make_train_step(self.model, self.method, optimizer, mesh, trainable, self.frozen,
+                               config["train"]["accumulation"], config["train"]["remat"])
+
+    def begin_task(self, task: int = 1) -> None:
         """Starts task 0, 1, ...; the optimizer's state stays, so that times are of any step."""
         self.state = self._run.begin_task(self.state, task, None)
 
@@ -112,10 +128,15 @@ class Ours:
         jax.block_until_ready((trainable, self.opt_state, metrics))
         return float(metrics["loss"])
 
-    def flops(self, batch: dict[str, jax.Array]) -> float:
-        """Operations of a step, by the compiler's count of the program it made."""
-        compiled = self.train_step.function.lower(*self.arguments(batch)).compile()
-        return compiled.cost_analysis()["flops"]
+    def cost(self, batch: dict[str, jax.Array]) -> tuple[float, float]:
+        """(operations, bytes) of a step: those that its program asks for before a compiler has seen
+        it (calls of a GPU's library are not counted later), and what it reads and writes compiled.
+        """
+        arguments = self.arguments(batch)
+        asked = self._step_on(sharding.make_mesh(devices=jax.devices("cpu")[:1])).function.lower(
+            *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments))
+        compiled = self.train_step.function.lower(*arguments).compile()
+        return asked.cost_analysis()["flops"], compiled.cost_analysis()["bytes accessed"]
 
     def embed(self, prompted: bool):
         """Function (batch) -> (audio, text) embeddings, with what was learned or without it."""
@@ -149,18 +170,18 @@ def torch_settings(config: dict) -> Any:
     warmup = optimizer["warmup"]
     return Settings(rates, method["weight_decay"], (optimizer["b1"], optimizer["b2"]),
                     optimizer["epsilon"], optimizer["clip"],
-                    lambda step: float(schedule(step, STEPS, warmup)), **distilled)
+                    lambda step: float(schedule(step, STEPS, warmup)), config["model"]["dtype"],
+                    **distilled)
 
 
-def make_peer(config: dict, ours: Ours | None = None):
-    """The peer's trainer, with the prompts that `ours` has, or new ones."""
+def make_peer(config: dict, device: str, ours: Ours | None = None):
+    """The peer's trainer on a device, with the prompts that `ours` has, or new ones."""
     from tail_jax.benchmarks.torch_clap import Trainer
 
     prompts = None
     if config["method"]["name"] == "ptat":
         prompts = jax.device_get(ours.state["trainable"]["prompts"] if ours else methods.build(
             config["method"]).init_tuning(jax.random.key(0), settings.described_model(config)))
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     return Trainer(config["model"]["checkpoint"], torch_settings(config), prompts, device)
 
 

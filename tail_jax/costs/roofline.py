@@ -15,7 +15,8 @@ class Chip:
         memory: bytes of HBM.
         memory_bandwidth: of HBM.
         network_bandwidth: of all its links to other chips of a slice, in one direction.
-        dimensions: of the torus that the chips of a pod form; two links in each.
+        dimensions: of the torus that the chips of a pod form; two links in each. 0: they form none,
+            and the chip is looked at by itself.
     """
 
     flops: float
@@ -34,6 +35,18 @@ CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 200e9, 2),
     "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 3),
     "v6e": Chip(918e12, 32e9, 1600e9, 400e9, 2),
+}
+# By the name that jax has for a device. GPUs from NVIDIA's data sheets, dense (half of what they
+# give with sparsity); their links are not looked at.
+DEVICES = {
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9, 1555e9, 0, 0),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 0, 0),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2000e9, 0, 0),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 0, 0),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 0, 0),
 }
 
 
@@ -84,7 +97,7 @@ def roofline(chip: Chip, shape: Sequence[int], flops: float, accessed: float,
     Raises:
         ValueError: if a slice of one chip sends something.
     """
-    links = sum(min(size - 1, 2) for size in shape) / (2 * chip.dimensions)
+    links = sum(min(size - 1, 2) for size in shape) / (2 * max(chip.dimensions, 1))
     if sent and not links:
         raise ValueError(f"a slice of one chip sends {sent} bytes; expected 0")
     return Roofline(flops / chip.flops, accessed / chip.memory_bandwidth,

@@ -1,6 +1,8 @@
 """Train steps against PyTorch: both sides compute the same, and what the suites report."""
 
-import sys
+import json
+import pathlib
+import subprocess
 
 import jax
 import numpy as np
@@ -12,10 +14,11 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 from tail_jax import benchmark  # noqa: E402
-from tail_jax.benchmarks import OURS, Measured, Options, Share  # noqa: E402
+from tail_jax.benchmarks import OURS, Options, Share  # noqa: E402
 from tail_jax.benchmarks import embed, step, torch_clap, training  # noqa: E402
 from tail_jax.benchmarks.training import (Ours, batch_of, configuration, make_peer,  # noqa: E402
                                           peer_tree)
+from tail_jax.costs.roofline import DEVICES, Chip  # noqa: E402
 from tail_jax.models.dual_encoder import BUFFERS  # noqa: E402
 from tail_jax.tuning.masks import leaf_name  # noqa: E402
 
@@ -36,17 +39,18 @@ def short_warmup(monkeypatch):
     monkeypatch.setattr(training, "STEPS", 100)
 
 
-def sides(method, folder):
+def sides(method, folder, dtype="float32"):
     """(ours, peer, our batch, theirs), with an epsilon that keeps Adam's updates smooth.
 
     Some gradients are 0 but for rounding (of the biases of keys), and Adam's first updates are
     signs.
     """
-    config = configuration(method, folder, "tiny")
+    config = configuration(method, folder, "tiny", 7)
     config["optimizer"]["epsilon"] = 1e-3
+    config["model"]["dtype"] = dtype
     ours = Ours(config)
-    peer, batch = make_peer(config, ours), batch_of(config, ours.tokenizer)
-    return ours, peer, ours.put(batch), peer.batch(batch)
+    peer, batch = make_peer(config, "cpu", ours), batch_of(config, ours.tokenizer)
+    return ours, peer, ours.put(batch), peer.put(batch)
 
 
 def assert_same_updates(start, ours, peer, folder):
@@ -68,16 +72,15 @@ def test_ptat_without_and_with_a_teacher_run_or_kept_equals_the_peers(folder, sh
     ours, peer, own, theirs = sides("ptat", folder)
     start = jax.device_get(ours.state["trainable"])
     for _ in range(2):
-        assert ours.step(own) == pytest.approx(float(peer.step(theirs)), abs=1e-5)
+        assert ours.step(own) == pytest.approx(peer.step(theirs), abs=1e-5)
     assert assert_same_updates(start, ours, peer, folder) == len(jax.tree.leaves(start))
     ours.begin_task(1)
     peer.begin_task()
-    alone = float(ours.step(own))
-    assert alone == pytest.approx(float(peer.step(theirs)), abs=1e-5)
-    own_kept, kept = ours.with_kept(own), peer.keep(theirs)
+    assert ours.step(own) == pytest.approx(peer.step(theirs), abs=1e-5)
+    own_kept, kept = ours.with_kept(own), peer.with_kept(theirs)
     assert {"teacher_audio", "teacher_text"} <= set(own_kept)
     for _ in range(3):
-        assert ours.step(own_kept) == pytest.approx(float(peer.step(theirs, kept)), abs=1e-5)
+        assert ours.step(own_kept) == pytest.approx(peer.step(kept), abs=1e-5)
     assert_same_updates(start, ours, peer, folder)
 
 
@@ -85,8 +88,25 @@ def test_full_fine_tuning_equals_the_peers(folder, short_warmup):
     ours, peer, own, theirs = sides("sequential", folder)
     start = jax.device_get(ours.state["trainable"])
     for _ in range(3):
-        assert ours.step(own) == pytest.approx(float(peer.step(theirs)), abs=1e-5)
+        assert ours.step(own) == pytest.approx(peer.step(theirs), abs=1e-5)
     assert assert_same_updates(start, ours, peer, folder) > 50
+
+
+@pytest.mark.parametrize("method", ["ptat", "sequential"])
+def test_bfloat16_is_near_the_peers_under_autocast(folder, method):
+    ours, peer, own, theirs = sides(method, folder, "bfloat16")
+    exact = sides(method, folder)[1]
+    if method == "ptat":
+        for side in (ours, peer, exact):
+            side.step(own if side is ours else theirs)
+            side.begin_task()
+        dtypes = {p.dtype for p in peer.model.text_model.parameters()}
+        assert dtypes == {torch.bfloat16, torch.float32}
+        own, theirs = ours.with_kept(own), peer.with_kept(theirs)
+    losses = ours.step(own), peer.step(theirs)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in peer.trainables)
+    assert losses[1] != exact.step(theirs if method == "sequential" else exact.with_kept(theirs))
 
 
 def test_prompts_as_keys_equal_prompts_inserted_as_tokens(folder):
@@ -111,10 +131,12 @@ def test_frozen_towers_have_no_gradients(folder):
     assert all(p.grad is not None for p in peer.trainables)
 
 
-def test_step_suite_reports_every_case():
-    report, shown = benchmark.benchmark("step", Options("tiny", repeats=1))
-    compared, shares = report["cases"][:3], report["cases"][3:]
-    assert [case["case"].partition(", 8 clips")[0] for case in compared] == [
+def test_step_suite_reports_every_case(monkeypatch):
+    chip = Chip(1e12, 1e9, 1e10, 0, 0)
+    monkeypatch.setitem(DEVICES, jax.devices()[0].device_kind, chip)
+    report, shown = benchmark.benchmark("step", Options("tiny", repeats=1, batch_size=5))
+    compared, shares, used = (report["cases"][i:j] for i, j in ((0, 3), (3, 7), (7, 10)))
+    assert [case["case"].partition(", 5 clips")[0] for case in compared] == [
         step.KEPT, step.LIVE, step.FULL]
     for case in compared:
         assert case["difference"] < 1e-4 and set(case["measured"]) == {OURS, step.PEER}
@@ -122,6 +144,50 @@ def test_step_suite_reports_every_case():
     assert all(share["value"] > 0 and share["kept"] == (share["value"] <= share["bar"])
                for share in shares)
     assert all(share["case"] in shown.table for share in shares)
+    # A teacher that is run is a further forward pass; of towers that are frozen, the kept step has
+    # one and as much for the gradients of their inputs, and more for prompts and heads.
+    kept, live, full = (row["flops"] for row in used)
+    assert kept < full and kept / 4 < live - kept < kept
+    for row, case in zip(used, compared):
+        assert row["seconds"] == case["measured"][OURS][0]
+        assert row["value"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
+        assert row["roofline"] == max(row["flops"] / 1e12, row["accessed_bytes"] / 1e10)
+
+
+def test_step_suite_measures_our_side_where_the_peer_does_not_run(folder, monkeypatch):
+    monkeypatch.setattr(step, "peer_device", lambda: None)
+    report, shown = benchmark.benchmark("step", Options("tiny", 1, str(folder), batch_size=4))
+    for case in report["cases"][:3]:
+        assert set(case["measured"]) == {OURS} and case["ratio"] is case["difference"] is None
+    assert "| – | – |" in shown.table and len(report["cases"]) == 7
+
+
+@pytest.mark.parametrize("backend, sees, expected", [
+    ("cpu", True, "cpu"), ("gpu", True, "cuda"), ("tpu", False, None), ("gpu", False, "torch sees")])
+def test_the_peer_runs_where_we_do(monkeypatch, backend, sees, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    if expected == "torch sees":
+        with pytest.raises(ValueError, match="jax runs on a GPU and torch sees none"):
+            embed.peer_device()
+    else:
+        assert embed.peer_device() == expected
+
+
+def test_a_fused_clap_is_refused(tmp_path):
+    config = transformers.ClapConfig(
+        text_config=dict(vocab_size=2000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=64, projection_dim=16),
+        audio_config=dict(spec_size=64, num_mel_bins=16, patch_embeds_hidden_size=8, depths=[1, 1],
+                          num_attention_heads=[2, 2], hidden_size=16, window_size=4,
+                          projection_dim=16, enable_fusion=True), projection_dim=16)
+    embed.write_random_checkpoint(tmp_path, "tiny")
+    transformers.ClapModel(config).save_pretrained(tmp_path)
+    transformers.ClapFeatureExtractor(
+        feature_size=16, sampling_rate=8000, hop_length=160, max_length_s=4, fft_window_size=256,
+        frequency_min=50, frequency_max=4000, truncation="fusion").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a fused CLAP; expected one that takes a single"):
+        configuration("ptat", tmp_path, "tiny")
 
 
 @pytest.mark.slow
@@ -141,22 +207,35 @@ def test_memory_suite_measures_each_side_in_processes_of_its_own(compilation_cac
                for part in (peaks, states, steps))
 
 
-def test_all_goes_on_without_a_peer(monkeypatch):
-    def missing(_):
-        raise ValueError("torch is not installed; pip install it")
+def test_all_writes_each_report_and_goes_on(tmp_path, monkeypatch, capsys):
+    output, asked = tmp_path / "all.json", []
 
-    fake = lambda name: type(sys)(name)
-    for suite in benchmark.SUITES:
-        module = fake(f"tail_jax.benchmarks.{suite}")
-        module.run = missing if suite == "step" else lambda _: Measured([{"case": "x"}], "|x|", "n")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    done = benchmark.benchmark_all(Options("tiny"))
-    assert [report["suite"] for report, _ in done] == [
+    def run(words, **_):
+        given = dict(word[2:].split("=") for word in words[3:])
+        suite = given["suite"]
+        asked.append(given)
+        if suite == "retrieval":  # the reports of those before are safe by now
+            assert len(json.loads(output.read_text())) == len(asked) - 1
+        if suite == "step":
+            return subprocess.CompletedProcess(words, 2, "", "w\nerror: torch is not installed\n")
+        if suite == "memory":
+            return subprocess.CompletedProcess(words, -9, "", "")
+        pathlib.Path(given["output"]).write_text(json.dumps(
+            {"suite": suite, "cases": [1], "failed": ["x"] * (suite == "load")}))
+        return subprocess.CompletedProcess(words, 0, f"|{suite}|\n", "progress\nnote\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    reports = benchmark.benchmark_all(Options("tiny", 3, tasks=(2, 4)), output)
+    assert json.loads(json.dumps(reports)) == json.loads(output.read_text())
+    assert {report["suite"]: report["failed"] for report in reports if report["failed"]} == {
+        "load": ["x"], "step": ["torch is not installed"], "memory": ["exit status -9"]}
+    assert [report["suite"] for report in reports] == [
         "embed", "load", "step", "memory", "frontend", "loader", "retrieval", "analytic"]
-    for report, shown in done:
-        failed = report["suite"] == "step"
-        assert report["failed"] == ["torch is not installed; pip install it"] * failed
-        assert bool(report["cases"]) != failed and report["commit"] == done[0][0]["commit"]
+    assert all(each["size"] == "tiny" and each["repeats"] == "3" and each["tasks"] == "2,4"
+               and "checkpoint" not in each for each in asked)
+    said = capsys.readouterr()
+    assert "## frontend\n\n|frontend|\n" in said.out and "failed: memory: exit" in said.err
+    assert "progress" not in said.err
 
 
 def test_share_is_kept_up_to_its_bar():
