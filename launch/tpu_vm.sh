@@ -14,8 +14,8 @@
 #   PROJECT      of Google Cloud; that of gcloud if unset
 #   SETUP        what each host needs first, a shell command; packages for NFS and Python 3.11 if unset
 #   OUTPUT       folder here that gets the run but for its checkpoints (--workdir, which is relative)
-#   DELETE       1: the TPU VM is deleted at the end; otherwise it stays, and costs
-#   ATTEMPTS     how often it is created at most (10)
+#   DELETE       1: the TPU VM is deleted when its results are here; otherwise it stays, and costs
+#   ATTEMPTS     how often it is created, or goes on where it is there, at most (10)
 # A TPU VM that was taken away is created again, and the run goes on where it was; so does the same command later.
 # What runs is the last commit (git archive HEAD).
 cd "$(dirname "$0")/.." || exit
@@ -42,13 +42,22 @@ tpu() { # tpu VERB WORDS: gcloud on our TPU VM's zone
   run gcloud compute tpus tpu-vm "$verb" "$@" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"}
 }
 on() { tpu ssh "$NAME" --worker="$1" --command="$2"; } # on WORKER COMMAND
-state() {
+state() { # what the TPU VM is; none: there is no such TPU VM
   if [[ -n "$dry_run" ]]; then
     echo none
-  else # a TPU VM that does not exist is no error here
-    gcloud compute tpus tpu-vm describe "$NAME" --format='value(state)' --zone="$ZONE" \
-      ${PROJECT:+--project="$PROJECT"} 2>/dev/null || echo none
+  elif ! tpu describe "$NAME" --format='value(state)' 2>"$scratch/error"; then
+    [[ "$(<"$scratch/error")" == *NOT_FOUND* ]] || fail "$(<"$scratch/error")"
+    echo none
   fi
+}
+look() { # sets `found`, once the TPU VM is not on its way from one state to another
+  for _ in {1..30}; do
+    found="$(state)"
+    case "$found" in READY | none | PREEMPTED | TERMINATED | STOPPED) return ;; esac
+    echo "$NAME is $found; looks again in a minute" >&2
+    sleep 60
+  done
+  fail "$NAME is $found, for half an hour"
 }
 
 prepare() {
@@ -69,44 +78,36 @@ collect() {
 if [[ -n "$dry_run" ]]; then
   archive="ARCHIVE.tar.gz"
 else
-  archive="$(mktemp --suffix=.tar.gz)"
-  trap 'rm -f "$archive"' EXIT
+  scratch="$(mktemp -d)"
+  archive="$scratch/archive.tar.gz"
+  trap '(($? == 0)) || echo "$NAME, if it exists, stays and costs; the same command goes on" >&2
+    rm -r "$scratch"' EXIT
 fi
 
-for ((attempt = 1; attempt <= ATTEMPTS; )); do
-  run git archive --format=tar.gz --output="$archive" HEAD
-  found="$(state)"
-  case "$found" in
-    READY) ;;
-    none)
-      tpu create "$NAME" --accelerator-type="$ACCELERATOR" --version="$VERSION" ${SPOT:+--spot} || {
-        attempt=$((attempt + 1))
-        echo "could not be created; tries again in a minute" >&2
-        sleep 60
-        continue
-      }
-      ;;
-    PREEMPTED | TERMINATED | STOPPED)
+run git archive --format=tar.gz --output="$archive" HEAD
+for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+  look
+  if [[ "$found" != READY ]]; then
+    [[ "$found" == none ]] || {
       echo "$NAME is $found; created again" >&2
       tpu delete "$NAME" --quiet
-      attempt=$((attempt + 1))
+    }
+    tpu create "$NAME" --accelerator-type="$ACCELERATOR" --version="$VERSION" ${SPOT:+--spot} || {
+      echo "could not be created; tries again in a minute" >&2
+      sleep 60
       continue
-      ;;
-    *) # on its way
-      sleep 30
-      continue
-      ;;
-  esac
+    }
+  fi
   code=0
   { prepare && train; } || code=$?
   if ((code == 0)); then
-    collect
+    collect || { sleep 60 && collect; } || { sleep 60 && collect; } ||
+      fail "the results could not be collected; they are on $SHARE, in code/$workdir"
     [[ "${DELETE:-}" != 1 ]] || tpu delete "$NAME" --quiet
     exit
   fi
   # 255: the connection broke, 143: a signal reached the run.
-  [[ "$(state)" != READY || "$code" == 255 || "$code" == 143 ]] ||
-    fail "exit code $code on $NAME, which is there still and costs; mend it and start again, or delete it"
-  attempt=$((attempt + 1))
+  found="$(state)"
+  [[ "$found" != READY || "$code" == 255 || "$code" == 143 ]] || fail "exit code $code on $NAME"
 done
-fail "$NAME: gave up after $ATTEMPTS attempts; the same command goes on"
+fail "gave up after $ATTEMPTS attempts"

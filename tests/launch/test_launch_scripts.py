@@ -40,6 +40,12 @@ def launch(script, *arguments, path=None, **settings):
                           capture_output=True, text=True, timeout=60)
 
 
+def launch_tpu(path, **settings):
+    """The finished script for TPU VMs, on a run in runs/one."""
+    return launch("tpu_vm.sh", "--config=configs/quickstart.py", "--workdir=runs/one", path=path,
+                  **SETTINGS["tpu_vm.sh"], **settings)
+
+
 @pytest.mark.parametrize("script", SETTINGS)
 def test_dry_run_prints_what_would_be_done(script):
     done = launch(script, "--dry_run", *TRAINING, **SETTINGS[script])
@@ -122,7 +128,7 @@ def programs(tmp_path):
 GCLOUD = """
 state={folder}/state
 case "$4" in
-  describe) cat $state 2>/dev/null || exit 1 ;;
+  describe) cat $state 2>/dev/null || {{ echo "NOT_FOUND: Resource ..." >&2; exit 1; }} ;;
   create) echo READY >$state ;;
   delete) rm $state ;;
   ssh) if [[ "$*" == *tail_jax.train* && ! -f {folder}/taken ]]; then
@@ -135,8 +141,7 @@ true"""
 def test_tpu_vm_that_is_taken_away_is_created_again(programs, tmp_path):
     (tmp_path / "results.json").write_text("{}")
     path = programs(gcloud=GCLOUD.format(folder=tmp_path))
-    done = launch("tpu_vm.sh", "--config=configs/quickstart.py", "--workdir=runs/one", path=path,
-                  **SETTINGS["tpu_vm.sh"], OUTPUT=str(tmp_path / "out"), DELETE="1", SPOT="1")
+    done = launch_tpu(path, OUTPUT=str(tmp_path / "out"), DELETE="1", SPOT="1", ATTEMPTS="2")
     assert done.returncode == 0, done.stderr
     verbs = [call.split()[4] for call in programs.calls() if "describe" not in call]
     once = ["create", "ssh", "scp", "ssh", "ssh"]  # packages, code, installation, training
@@ -145,11 +150,40 @@ def test_tpu_vm_that_is_taken_away_is_created_again(programs, tmp_path):
     assert (tmp_path / "out" / "results.json").read_text() == "{}"
 
 
-def test_tpu_vm_with_an_error_of_the_run_stops(programs, tmp_path):
+def test_tpu_vm_that_is_always_taken_away_is_given_up(programs, tmp_path):
+    path = programs(sleep="true", gcloud=GCLOUD.format(folder=tmp_path).replace(
+        "touch", "true"))
+    done = launch_tpu(path, ATTEMPTS="3", DELETE="1")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("error: gave up after 3 attempts\ntail, if it exists, stays and "
+                                "costs; the same command goes on\n")
+    verbs = [call.split()[4] for call in programs.calls() if call.startswith("gcloud")]
+    assert verbs.count("create") == 3 and verbs.count("delete") == 2
+
+
+def test_results_that_cannot_be_collected_keep_the_tpu_vm(programs, tmp_path):
+    path = programs(sleep="true", gcloud='[[ "$4" == describe ]] && echo READY\n'
+                                         '[[ "$4 $5" != "scp tail:"* ]]')
+    done = launch_tpu(path, DELETE="1", OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 2 and "stays and costs" in done.stderr
+    assert "error: the results could not be collected; they are on 10.0.0.2:/tail" in done.stderr
+    calls = programs.calls()
+    assert sum("scp tail:" in c for c in calls) == 3 and not any(" delete " in c for c in calls)
+
+
+@pytest.mark.parametrize("describe, message, calls", [
+    ("echo 'ERROR: no account' >&2; exit 1", "error: ERROR: no account\n", 1),
+    ("echo CREATING", "error: tail is CREATING, for half an hour\n", 60)])
+def test_tpu_vm_that_cannot_be_used_is_an_error(programs, describe, message, calls):
+    done = launch_tpu(programs(sleep="true", gcloud=describe))
+    assert done.returncode == 2 and message in done.stderr
+    assert len(programs.calls()) == calls  # it is asked for, and waited for
+
+
+def test_tpu_vm_with_an_error_of_the_run_stops(programs):
     path = programs(gcloud='[[ "$4" == describe ]] && echo READY\n'
                            '[[ "$*" != *tail_jax.train* ]] || exit 2')
-    done = launch("tpu_vm.sh", "--config=configs/quickstart.py", "--workdir=runs/one", path=path,
-                  **SETTINGS["tpu_vm.sh"])
+    done = launch_tpu(path)
     assert done.returncode == 2 and "error: exit code 2 on tail" in done.stderr
     assert sum("tail_jax.train" in call for call in programs.calls()) == 1
 
