@@ -65,9 +65,17 @@ prepare() {
     tpu scp "$archive" "$NAME:tail_jax.tar.gz" --worker=0 &&
     on 0 "sudo mkdir -p $mount/code && sudo chown \"\$(id -u)\" $mount/code && tar -xzf tail_jax.tar.gz -C $mount/code && cd $mount/code && launch/install.sh tpu"
 }
-# A lock on each host: where the connection broke, the run may still be there, and this waits for its end.
+# Where a connection breaks, the run goes on, and gcloud gives that host the same command again: it
+# waits for the run's end (the lock) and takes its exit code, as alone it could not run. Output goes
+# to a file, which is followed: written to a connection that is gone, it would end the run.
 train() {
-  on all "cd $mount/code && TAIL_JAX_COORDINATOR=auto TF_CPP_MIN_LOG_LEVEL=3 flock \$HOME/tail_jax.lock .venv/bin/python -m tail_jax.train ${arguments[*]@Q}"
+  local log="\$HOME/tail_jax.log" code command
+  code="\$HOME/tail_jax.$(date +%s)" # of this attempt
+  command="JAX_PLATFORMS=tpu TAIL_JAX_COORDINATOR=auto TF_CPP_MIN_LOG_LEVEL=3"
+  command+=" .venv/bin/python -m tail_jax.train ${arguments[*]@Q}"
+  command="[ -f $code ] || { $command; echo \$? >$code; }; exit \$(cat $code)"
+  command="{ flock 9; $command; } 9>\$HOME/tail_jax.lock >>$log </dev/null 2>&1 &"
+  on all "cd $mount/code && touch $log && { $command tail -f --pid=\$! $log; wait \$!; }"
 }
 collect() {
   on 0 "tar -czf run.tar.gz --exclude=checkpoints -C $mount/code ${workdir@Q}" &&
@@ -106,8 +114,12 @@ for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     [[ "${DELETE:-}" != 1 ]] || tpu delete "$NAME" --quiet
     exit
   fi
-  # 255: the connection broke, 143: a signal reached the run.
   found="$(state)"
-  [[ "$found" != READY || "$code" == 255 || "$code" == 143 ]] || fail "exit code $code on $NAME"
+  case "$found $code" in
+    # A setting, a run that diverged, a command that cannot be run, or is not there.
+    "READY 2" | "READY 3" | "READY 126" | "READY 127") fail "exit code $code on $NAME" ;;
+  esac
+  echo "exit code $code, and $NAME is $found; goes on in a minute" >&2
+  sleep 60
 done
 fail "gave up after $ATTEMPTS attempts"

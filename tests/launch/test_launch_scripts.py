@@ -21,8 +21,8 @@ SETTINGS = {
 # What each prints that it would run, in order.
 EXPECTED = {
     "tpu_vm.sh": ["'git' 'archive'", "'tpu-vm' 'create' 'tail'", "'--worker=all'", "mount -t nfs",
-                  "'tpu-vm' 'scp'", "launch/install.sh tpu", "TAIL_JAX_COORDINATOR=auto",
-                  "tail_jax.train", "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
+                  "'tpu-vm' 'scp'", "launch/install.sh tpu", "JAX_PLATFORMS=tpu",
+                  "TAIL_JAX_COORDINATOR=auto", "tail_jax.train", "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
     "slurm.sbatch": ["'launch/install.sh' 'cuda'", "'sbatch'", "'--nodes=2'",
                      "'--ntasks-per-node=4'", "'--requeue'", "TAIL_JAX_COORDINATOR=auto",
                      "'srun'", "tail_jax.train"],
@@ -140,10 +140,11 @@ true"""
 
 def test_tpu_vm_that_is_taken_away_is_created_again(programs, tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    path = programs(gcloud=GCLOUD.format(folder=tmp_path))
+    path = programs(sleep="true", gcloud=GCLOUD.format(folder=tmp_path))
     done = launch_tpu(path, OUTPUT=str(tmp_path / "out"), DELETE="1", SPOT="1", ATTEMPTS="2")
     assert done.returncode == 0, done.stderr
-    verbs = [call.split()[4] for call in programs.calls() if "describe" not in call]
+    verbs = [call.split()[4] for call in programs.calls()
+             if call.startswith("gcloud") and "describe" not in call]
     once = ["create", "ssh", "scp", "ssh", "ssh"]  # packages, code, installation, training
     assert verbs == [*once, "delete", *once, "ssh", "scp", "delete"]
     assert sum("--spot" in call for call in programs.calls()) == 2
@@ -186,6 +187,40 @@ def test_tpu_vm_with_an_error_of_the_run_stops(programs):
     done = launch_tpu(path)
     assert done.returncode == 2 and "error: exit code 2 on tail" in done.stderr
     assert sum("tail_jax.train" in call for call in programs.calls()) == 1
+
+
+# Two connections to a host, one after the other: the first breaks at the run's first line.
+HOST = """
+[[ "$4" != describe ]] || echo READY
+[[ "$4 $5" != "scp tail:"* ]] || tar -czf "$6" -C {folder} --transform=s,^,runs/one/, results.json
+[[ "$*" == *tail_jax.train* ]] || exit 0
+export HOME={folder}
+words="${{7#--command=}}" words="${{words//\\/mnt\\/tail_jax/{folder}}}"
+bash -c "$words" | head -n 1 >{folder}/first &
+until [[ -s {folder}/first ]]; do /bin/sleep 0.1; done
+bash -c "$words" """
+PYTHON = """
+echo begins
+/bin/sleep 1
+echo "ends $TAIL_JAX_COORDINATOR $JAX_PLATFORMS"
+/bin/sleep 1
+code=$(head -n 1 {folder}/codes); sed -i 1d {folder}/codes; exit $code"""
+
+
+@pytest.mark.parametrize("codes, code", [("0", 0), ("1 0", 0), ("2 0", 2)])
+def test_broken_connection_does_not_end_the_run(programs, tmp_path, codes, code):
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+    path = programs(sleep="true", gcloud=HOST.format(folder=tmp_path),
+                    python=PYTHON.format(folder=tmp_path))
+    (tmp_path / "code" / ".venv").mkdir(parents=True)
+    (tmp_path / "code" / ".venv" / "bin").symlink_to(path)
+    done = launch_tpu(path, OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == code, done.stderr
+    runs = [call for call in programs.calls() if call.startswith("python")]
+    assert runs == ["python -m tail_jax.train --config=configs/quickstart.py --workdir=runs/one"
+                    ] * (1 if code else len(codes.split()))  # once for a code that it goes on from
+    assert "begins\nends auto tpu\n" in done.stdout
 
 
 PROCESS = """
