@@ -24,8 +24,9 @@ EXPECTED = {
                   "'tpu-vm' 'scp'", "launch/install.sh tpu", "JAX_PLATFORMS=tpu",
                   "TAIL_JAX_COORDINATOR=auto", "tail_jax.train", "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
     "slurm.sbatch": ["'launch/install.sh' 'cuda'", "'sbatch'", "'--nodes=2'",
-                     "'--ntasks-per-node=4'", "'--requeue'", "TAIL_JAX_COORDINATOR=auto",
-                     "'srun'", "tail_jax.train"],
+                     "'--ntasks-per-node=4'", "'--cpus-per-task=8'", "'--requeue'",
+                     "JAX_PLATFORMS=cuda", "TAIL_JAX_COORDINATOR=auto", "'srun'",
+                     "'--cpus-per-task=8'", "tail_jax.train"],
     "local_gpu.sh": ["'launch/install.sh' 'cuda'", "JAX_PLATFORMS=cuda", "tail_jax.train"],
     "multiprocess_cpu.sh": ["'launch/install.sh'", "device_count=4", "TAIL_JAX_PROCESS=0",
                             "tail_jax.train", "TAIL_JAX_PROCESS=1", "tail_jax.train"],
@@ -265,24 +266,44 @@ def test_local_run_that_is_killed_goes_on(programs, tmp_path, codes, code, runs)
     assert len(calls) == runs and "CUDA_VISIBLE_DEVICES=0,1" in calls[0]
 
 
-@pytest.mark.parametrize("ends, code", [(143, 0), (0, 0)])
-def test_slurm_job_that_is_stopped_is_queued_again(programs, tmp_path, ends, code):
+def launch_job(path):
+    """The finished script as Slurm runs it in a job."""
+    return launch("slurm.sbatch", *TRAINING, path=path, SLURM_JOB_ID="7",
+                  SLURM_SUBMIT_DIR=str(ROOT), **SETTINGS["slurm.sbatch"])
+
+
+@pytest.mark.parametrize("ends", [143, 0])
+def test_slurm_job_that_is_stopped_is_queued_again(programs, tmp_path, ends):
     # srun waits for the TERM that scancel gives it, and ends as the run does: saved, or done.
     path = programs(
         srun=f"trap 'exit {ends}' TERM; echo $$ >{tmp_path}/step; kill -TERM $PPID; "
              "for i in {1..100}; do sleep 0.1; done",
         scancel=f"kill -TERM $(cat {tmp_path}/step)", scontrol="true")
-    done = launch("slurm.sbatch", *TRAINING, path=path, SLURM_JOB_ID="7",
-                  SLURM_SUBMIT_DIR=str(ROOT), **SETTINGS["slurm.sbatch"])
-    assert done.returncode == code, done.stderr
-    srun, scancel, *rest = programs.calls()
-    assert srun.startswith("srun --kill-on-bad-exit=1 .venv/bin/python -m tail_jax.train --config")
+    done = launch_job(path)
+    assert done.returncode == 0, done.stderr
+    srun, scancel, *rest = [call for call in programs.calls() if not call.startswith("sleep")]
+    assert srun.startswith("srun --kill-on-bad-exit=1 --cpus-per-task=8 .venv/bin/python "
+                           "-m tail_jax.train --config")
     assert scancel == "scancel --signal=TERM 7"
     assert rest == (["scontrol requeue 7"] if ends else [])
 
 
-def test_slurm_job_with_an_error_is_not_queued_again(programs):
-    path = programs(srun="exit 3", scancel="true", scontrol="true")
-    done = launch("slurm.sbatch", *TRAINING, path=path, SLURM_JOB_ID="7",
-                  SLURM_SUBMIT_DIR=str(ROOT), **SETTINGS["slurm.sbatch"])
-    assert done.returncode == 3 and len(programs.calls()) == 1
+def test_slurm_job_whose_run_does_not_stop_is_queued_again_in_time(programs, tmp_path):
+    # It gets more signals than one, and gives the run one; queued again, it is ended by Slurm.
+    path = programs(
+        srun=f"trap '' TERM; echo $$ >{tmp_path}/step; kill -TERM $PPID; /bin/sleep 0.5; "
+             "kill -TERM $PPID; exec /bin/sleep 50",
+        scancel="true", sleep="/bin/sleep 0.01", scontrol=f"kill -KILL $(cat {tmp_path}/step)")
+    done = launch_job(path)
+    assert done.returncode == 0, done.stderr
+    srun, scancel, *seconds, requeue = programs.calls()
+    assert scancel == "scancel --signal=TERM 7" and requeue == "scontrol requeue 7"
+    assert seconds == ["sleep 1"] * 100
+
+
+@pytest.mark.parametrize("ends, calls", [(143, ["scontrol requeue 7"]), (3, [])])
+def test_slurm_job_that_ends_by_itself(programs, ends, calls):
+    # 143: Slurm gave the signal to its processes alone.
+    done = launch_job(programs(srun=f"exit {ends}", scancel="true", scontrol="true"))
+    assert done.returncode == (0 if calls else ends), done.stderr
+    assert programs.calls()[1:] == calls
