@@ -8,7 +8,7 @@
 #   MODULE           what runs (tail_jax.train); tail_jax.evaluate, say, with its own arguments
 #   PORT             of the first process; a free one if unset
 #   TAIL_JAX_PYTHON  an interpreter that has the project; if unset, .venv is made and taken
-# SIGTERM stops all processes with their state saved; the same command, or one with other numbers, goes on. If one
+# SIGTERM or Ctrl-C stops all processes with their state saved; the same command, or one with other numbers, goes on. If one
 # ends with an error, the others are stopped.
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/common.sh
@@ -34,7 +34,7 @@ flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES"
 pids=()
 # shellcheck disable=SC2317,SC2329  # called by the traps
 stop() { ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true; }
-trap stop TERM INT
+trap stop TERM INT HUP
 for ((number = 0; number < PROCESSES; number++)); do
   words=(env JAX_PLATFORMS=cpu "XLA_FLAGS=$flags" "TAIL_JAX_COORDINATOR=127.0.0.1:$port"
     "TAIL_JAX_PROCESSES=$PROCESSES" "TAIL_JAX_PROCESS=$number"
@@ -42,7 +42,9 @@ for ((number = 0; number < PROCESSES; number++)); do
   if [[ -n "$dry_run" ]]; then
     run "${words[@]}"
   else
-    "${words[@]}" &
+    # In a session of its own Ctrl-C does not reach it: after `stop` it would be the second signal,
+    # which ends a run unsaved.
+    setsid "${words[@]}" &
     pids+=("$!")
   fi
 done
@@ -63,9 +65,9 @@ while ((${#pids[@]})); do
   ((${#pids[@]})) || break
   # Without one of them the others wait for it; after a signal (143) all end by themselves.
   if ((status != 0 && status != 143)); then
-    sleep 5
+    sleep 5 || true
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
-  sleep 0.3
+  sleep 0.3 || true # which Ctrl-C ends, too
 done
 exit "$status"

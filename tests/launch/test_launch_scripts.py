@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal as signals
 import subprocess
 import sys
 import time
@@ -249,6 +250,46 @@ def test_a_signal_reaches_all_processes(programs):
     done = launch("multiprocess_cpu.sh", *TRAINING, TAIL_JAX_PYTHON=str(path / "python"), PORT="1",
                   PROCESSES="2", DEVICES="4")
     assert done.returncode == 143, done.stderr
+
+
+# Notes the signals that it gets, and ends a while after the first, as a run that saves its state.
+NOTES_SIGNALS = """
+import os, pathlib, signal, sys, time
+notes = pathlib.Path(sys.argv[1], f"signals{os.getpid()}")
+number = []
+for each in signal.SIGTERM, signal.SIGINT:
+    signal.signal(each, lambda n, _: (number.append(n), notes.write_text(f"{number}")))
+notes.touch()
+while not number:
+    time.sleep(0.1)
+time.sleep(1)
+sys.exit(143)
+"""
+
+
+def signal_once_begun(folder, processes, send, script, path, **settings):
+    """Exit code of the script that `send` sent a signal, and what its processes noted."""
+    (folder / "notes_signals.py").write_text(NOTES_SIGNALS)
+    (path / "python").write_text(
+        f"#!/bin/sh\nexec {sys.executable} {folder}/notes_signals.py {folder}\n")
+    (path / "python").chmod(0o755)
+    command = subprocess.Popen(
+        ["bash", script, *TRAINING], start_new_session=True,
+        env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} | settings)
+    until = time.monotonic() + 30
+    while len(notes := [*folder.glob("signals*")]) < processes and time.monotonic() < until:
+        time.sleep(0.1)
+    send(command.pid)
+    return command.wait(30), [note.read_text() for note in notes]
+
+
+def test_ctrl_c_is_one_signal_for_each_process(programs, tmp_path):
+    path = programs()
+    code, notes = signal_once_begun(
+        tmp_path, 2, lambda pid: os.killpg(pid, signals.SIGINT),
+        ROOT / "launch" / "multiprocess_cpu.sh", path, TAIL_JAX_PYTHON=str(path / "python"),
+        PORT="1", PROCESSES="2", DEVICES="4")
+    assert (code, notes) == (143, [f"[{signals.SIGTERM:d}]"] * 2)
 
 
 @pytest.mark.parametrize("codes, code, runs", [
