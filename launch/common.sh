@@ -45,14 +45,23 @@ need_training() {
 }
 
 # go_on COMMAND: runs it, and again where it was killed or crashed (no exit code of its own), RETRIES times at most
-# (3). A run that is started again goes on where it was.
+# (3). A run that is started again goes on where it was. A signal for the script is one for the command, which is
+# waited for; in a session of its own Ctrl-C does not reach it as well: a second signal ends a run unsaved.
 go_on() {
-  local left="${RETRIES:-3}" code
+  local left="${RETRIES:-3}" code pid stopped=""
+  if [[ -n "$dry_run" ]]; then
+    run "$@"
+    return
+  fi
   while true; do
+    setsid "$@" &
+    pid=$!
+    trap 'stopped=yes; kill -TERM "$pid" 2>/dev/null || true' TERM INT HUP
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends a wait
     code=0
-    run "$@" || code=$?
+    wait "$pid" || code=$?
     # 2: a setting; 3: diverged; 143: a signal for us, the state is saved.
-    if ((code < 128 || code == 143 || code == 130 || left == 0)); then return "$code"; fi
+    if [[ -n "$stopped" ]] || ((code < 128 || code == 143 || code == 130 || left == 0)); then return "$code"; fi
     left=$((left - 1))
     echo "exit code $code; goes on where it was ($left retries left)" >&2
   done

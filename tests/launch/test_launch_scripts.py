@@ -292,15 +292,31 @@ def test_ctrl_c_is_one_signal_for_each_process(programs, tmp_path):
     assert (code, notes) == (143, [f"[{signals.SIGTERM:d}]"] * 2)
 
 
+def local_gpu(folder):
+    """The script in a folder where nothing is installed."""
+    shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("results"))
+    (folder / "launch" / "install.sh").write_text("true")
+    return folder / "launch" / "local_gpu.sh"
+
+
+@pytest.mark.parametrize("send", [
+    lambda pid: os.kill(pid, signals.SIGTERM), lambda pid: os.killpg(pid, signals.SIGINT)],
+    ids=["term", "ctrl-c"])
+def test_local_run_gets_one_signal_and_is_waited_for(programs, tmp_path, send):
+    path = programs(**{"nvidia-smi": "true"})
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(path)
+    code, notes = signal_once_begun(tmp_path, 1, send, local_gpu(tmp_path), path)
+    assert (code, notes) == (143, [f"[{signals.SIGTERM:d}]"])
+
+
 @pytest.mark.parametrize("codes, code, runs", [
     ("137 0", 0, 2), ("134 134 0", 134, 2), ("3", 3, 1), ("143", 143, 1)])
 def test_local_run_that_is_killed_goes_on(programs, tmp_path, codes, code, runs):
     (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
     path = programs(**{"nvidia-smi": "true", "env": f"code=$(head -n 1 {tmp_path}/codes); "
                        f"sed -i 1d {tmp_path}/codes; exit $code"})
-    script = tmp_path / "launch" / "local_gpu.sh"
-    shutil.copytree(ROOT / "launch", script.parent, ignore=shutil.ignore_patterns("results"))
-    (script.parent / "install.sh").write_text("true")
+    script = local_gpu(tmp_path)
     done = launch(script, *TRAINING, path=path, RETRIES="1", GPUS="0,1")
     assert done.returncode == code, done.stderr
     calls = [call for call in programs.calls() if call.startswith("env")]
