@@ -2,6 +2,8 @@
 # Trains on a TPU slice of Google Cloud, one process a host: creates it, installs, runs, collects the results.
 #   NAME=tail ZONE=us-west4-a ACCELERATOR=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SHARE=10.0.0.2:/tail \
 #     launch/tpu_vm.sh [--dry_run] --config=FILE --workdir=FOLDER ...
+# Its hosts mount SHARE as /mnt/tail_jax; the code goes to /mnt/tail_jax/code, runs below it. Corpora
+# and checkpoint have to be on SHARE before, for --config.data.root=/mnt/tail_jax/corpora, say.
 #
 # Settings, environment variables:
 #   NAME         of the TPU VM
