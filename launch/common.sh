@@ -45,8 +45,9 @@ need_training() {
 }
 
 # go_on COMMAND: runs it, and again where it was killed or crashed (no exit code of its own), RETRIES times at most
-# (3). A run that is started again goes on where it was. A signal for the script is one for the command, which is
-# waited for; in a session of its own Ctrl-C does not reach it as well: a second signal ends a run unsaved.
+# (3). A run that is started again goes on where it was. A signal for the script is one for the
+# command, which is waited for; in a session of its own Ctrl-C does not reach it as well: a second
+# signal ends a run unsaved.
 go_on() {
   local left="${RETRIES:-3}" code pid stopped=""
   if [[ -n "$dry_run" ]]; then
@@ -61,7 +62,9 @@ go_on() {
     code=0
     wait "$pid" || code=$?
     # 2: a setting; 3: diverged; 143: a signal for us, the state is saved.
-    if [[ -n "$stopped" ]] || ((code < 128 || code == 143 || code == 130 || left == 0)); then return "$code"; fi
+    if [[ -n "$stopped" ]] || ((code < 128 || code == 143 || code == 130 || left == 0)); then
+      return "$code"
+    fi
     left=$((left - 1))
     echo "exit code $code; goes on where it was ($left retries left)" >&2
   done

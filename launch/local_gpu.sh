@@ -4,7 +4,8 @@
 # Settings, environment variables:
 #   GPUS      which, as 0,1,2; all of them if unset
 #   RETRIES   how often it starts again where it was, if it was killed or crashed (3)
-# SIGTERM or Ctrl-C stops it with its state saved. Started again after anything, it goes on where it was.
+# SIGTERM or Ctrl-C stops it with its state saved. Started again after anything, it goes on where it
+# was.
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/common.sh
 source launch/common.sh

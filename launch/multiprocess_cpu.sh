@@ -8,8 +8,8 @@
 #   MODULE           what runs (tail_jax.train); tail_jax.evaluate, say, with its own arguments
 #   PORT             of the first process; a free one if unset
 #   TAIL_JAX_PYTHON  an interpreter that has the project; if unset, .venv is made and taken
-# SIGTERM or Ctrl-C stops all processes with their state saved; the same command, or one with other numbers, goes on. If one
-# ends with an error, the others are stopped.
+# SIGTERM or Ctrl-C stops all processes with their state saved; the same command, or one with other
+# numbers, goes on. If one ends with an error, the others are stopped.
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/common.sh
 source launch/common.sh

@@ -19,6 +19,7 @@
 #   DELETE       1: the TPU VM is deleted when its results are here; otherwise it stays, and costs
 #   ATTEMPTS     how often it is created, or goes on where it is there, at most (10)
 # A TPU VM that was taken away is created again, and the run goes on where it was; so does the same command later.
+# Ctrl-C here, as a broken connection, leaves the run going there; the same command goes back to it.
 # What runs is the last commit (git archive HEAD).
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/common.sh

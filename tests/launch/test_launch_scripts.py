@@ -23,7 +23,8 @@ SETTINGS = {
 EXPECTED = {
     "tpu_vm.sh": ["'git' 'archive'", "'tpu-vm' 'create' 'tail'", "'--worker=all'", "mount -t nfs",
                   "'tpu-vm' 'scp'", "launch/install.sh tpu", "JAX_PLATFORMS=tpu",
-                  "TAIL_JAX_COORDINATOR=auto", "tail_jax.train", "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
+                  "TAIL_JAX_COORDINATOR=auto", "tail_jax.train",
+                  "'tpu-vm' 'scp' 'tail:run.tar.gz'"],
     "slurm.sbatch": ["'launch/install.sh' 'cuda'", "'sbatch'", "'--nodes=2'",
                      "'--ntasks-per-node=4'", "'--cpus-per-task=8'", "'--requeue'",
                      "JAX_PLATFORMS=cuda", "TAIL_JAX_COORDINATOR=auto", "'srun'",
