@@ -88,7 +88,7 @@ def run_python(compilation_cache):
 
     def run(*arguments, devices=1, timeout=300, cwd=ROOT):
         environment = os.environ | {
-            "PYTHONPATH": str(cwd), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+            "PYTHONPATH": f"{cwd}{os.pathsep}{ROOT}", "JAX_COMPILATION_CACHE_DIR": compilation_cache}
         if devices > 1:
             environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,

@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
 def test_the_example_method_is_short_and_trains(tiny_config, tmp_path, monkeypatch):
@@ -79,7 +79,8 @@ def test_the_example_of_embedding_runs(tmp_path, monkeypatch):
 
 
 def test_every_command_names_files_and_modules_that_exist():
-    text = "".join(blocks("bash")).replace("\\\n", " ")
+    pages = (README, (ROOT / "launch" / "results" / "README.md").read_text())
+    text = "".join("".join(blocks("bash", page)) for page in pages).replace("\\\n", " ")
     commands = text.splitlines()
     assert len(commands) >= 6
     for command in commands:
@@ -93,6 +94,20 @@ def test_every_command_names_files_and_modules_that_exist():
                     assert (ROOT / word.removeprefix("--config=").split(":")[0]).is_file(), command
         else:
             assert (ROOT / words[0]).is_file(), command
+
+
+@pytest.mark.parametrize("page", ["README.md", "launch/results/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        file, _, title = link.partition("#")
+        target = (ROOT / page).parent / file
+        assert target.exists(), link
+        if title:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert title in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
 
 
 def test_every_folder_named_in_the_table_exists():

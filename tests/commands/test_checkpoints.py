@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from tail_jax.pretrained.export import export_clap
 from tail_jax.run import open_run
 from tail_jax.train import train
 from tail_jax.training.checkpoints import load_tree
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -65,6 +69,30 @@ def test_a_tuned_model_embeds_as_its_run_did(run):
     np.testing.assert_allclose(model.embed_text(split.captions), gallery["text"], atol=1e-5)
     bare = tail_jax.load(folder).embed_text(split.captions)
     assert np.abs(bare - gallery["text"]).max() > 1e-3  # the tuning does something
+
+
+def test_the_readmes_search_ranks_an_archive(run, run_python, tmp_path, monkeypatch, capsys):
+    workdir, config, folder = run
+    readme = (ROOT / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if "--output=vectors.npz" in line
+                   and "runs/mine" in line).replace("task_3", "task_2")
+    code = re.search(r"```python\n([^`]*vectors\.npz[^`]*)```", readme)[1].replace("task_3", "task_2")
+    clips = open_run(config, workdir).stream.tasks[1].test.clips
+    (tmp_path / "DIR").symlink_to(folder)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(workdir)
+    (tmp_path / "FOLDER").symlink_to(pathlib.Path(clips[0].path).parent)
+    done = run_python(*shlex.split(command)[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == min(10, len(names["archive"]["audio"])) > 1
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    text = names["model"].embed_text(["rain on a tin roof"])[0]
+    best = names["model"].embed_audio([lines[0].split(maxsplit=1)[1]])[0]
+    assert best @ text == pytest.approx(max(scores), abs=2e-3)
 
 
 def test_a_run_starts_from_a_checkpoint(run, tmp_path):
