@@ -32,11 +32,15 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM or SIGINT has arrived; a second one kills."""
+    """Yields a function that tells whether SIGTERM or SIGINT has arrived.
+
+    Ctrl-C after either ends the run as it is. SIGTERM does not: what sends it (Slurm to all
+    processes, a script that has had Ctrl-C) may send it again, and has SIGKILL.
+    """
     received: list[int] = []
 
     def handler(number, frame):
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -1,5 +1,6 @@
-"""What the loop over steps tells of their time."""
+"""What the loop over steps tells of their time, and what signals do to it."""
 
+import signal
 import time
 
 import jax
@@ -7,7 +8,23 @@ import numpy as np
 import pytest
 
 from tail_jax.training import sharding
-from tail_jax.training.loop import TaskLoop
+from tail_jax.training.loop import TaskLoop, watch_signals
+
+
+@pytest.mark.parametrize("numbers, ends", [
+    ("T", False), ("I", False), ("TT", False), ("IT", False), ("TI", True), ("II", True)])
+def test_a_second_ctrl_c_ends_a_run_and_a_second_sigterm_does_not(numbers, ends):
+    with watch_signals() as stop:
+        assert not stop()
+        *first, last = [{"T": signal.SIGTERM, "I": signal.SIGINT}[each] for each in numbers]
+        for number in first:
+            signal.raise_signal(number)
+        if ends:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(last)
+        else:
+            signal.raise_signal(last)
+        assert stop()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
