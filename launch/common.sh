@@ -61,7 +61,7 @@ go_on() {
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends a wait
     code=0
     wait "$pid" || code=$?
-    # 2: a setting; 3: diverged; 143: a signal for us, the state is saved.
+    # 2: a setting; 3: diverged; 4: other hosts; 143: a signal for us, the state is saved.
     if [[ -n "$stopped" ]] || ((code < 128 || code == 143 || code == 130 || left == 0)); then
       return "$code"
     fi

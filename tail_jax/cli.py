@@ -48,7 +48,8 @@ def parse_config(arguments: Sequence[str]) -> dict:
 
 
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
-    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2.
+    """Parses flags and runs `main`; errors of the user's making become one line and exit code 2,
+    hosts that do not answer one and exit code 4.
 
     Flags are defined here and not on import: several commands can be imported by one program.
     """
@@ -71,7 +72,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         except (ValueError, OSError) as error:
             if os.environ.get("TAIL_JAX_TRACEBACK"):
                 raise
-            fail(error)
+            fail(error, 4 if isinstance(error, ConnectionError) else 2)
 
     app.run(guarded, flags_parser=parse)
 

@@ -38,6 +38,7 @@ def join() -> None:
 
     Raises:
         ValueError: if a setting is missing or cannot be used, in one line.
+        ConnectionError: if the others did not answer, which they may the next time.
     """
     given = {name: os.environ[name] for name in (COORDINATOR, PROCESSES, PROCESS)
              if os.environ.get(name)}
@@ -67,9 +68,9 @@ def join() -> None:
     try:
         jax.distributed.initialize(**where, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
     except (ValueError, RuntimeError) as error:
-        found = given[COORDINATOR]
-        raise ValueError(f"{COORDINATOR} is {found}, and jax could not join the other hosts: "
-                         f"{error}") from error
+        kind = ConnectionError if isinstance(error, RuntimeError) else ValueError
+        raise kind(f"{COORDINATOR} is {given[COORDINATOR]}, and jax could not join the other "
+                   f"hosts: {error}") from error
 
 
 def refuse() -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tail_jax import hosts
+from tail_jax import cli, hosts
 from tail_jax.train import train
 from tail_jax.training.checkpoints import flatten, load_tree
 from tests.conftest import ROOT
@@ -179,16 +179,24 @@ def test_faulty_settings_are_refused_before_jax_is_asked(monkeypatch, given, mes
         hosts.join()
 
 
-def test_hosts_that_cannot_be_found_are_one_line(monkeypatch):
+@pytest.mark.parametrize("error, raised, code", [
+    (ValueError("coordinator_address should be defined."), ValueError, 2),
+    (RuntimeError("DEADLINE_EXCEEDED: nobody"), ConnectionError, 4)])
+def test_hosts_that_cannot_be_found_are_one_line(monkeypatch, capsys, error, raised, code):
     monkeypatch.setenv("TAIL_JAX_COORDINATOR", "auto")
 
     def nowhere(**_):
-        raise ValueError("coordinator_address should be defined.")
+        raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", nowhere)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    with pytest.raises(ValueError, match="jax could not join the other hosts: coordinator_address"):
+    with pytest.raises(raised, match=f"jax could not join the other hosts: {error}"):
         hosts.join()
+    monkeypatch.setattr(cli.app, "run", lambda main, **_: main([]))
+    with pytest.raises(SystemExit) as ended:  # 4: scripts may try again
+        cli.run(hosts.join, lambda: None)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.startswith("error: TAIL_JAX_COORDINATOR is auto")
 
 
 def test_commands_of_one_host_refuse_more(monkeypatch):
