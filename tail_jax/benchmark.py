@@ -76,7 +76,7 @@ def benchmark_all(options: Options, output: pathlib.Path) -> list[dict]:
             if file.is_file():
                 reports.append(json.loads(file.read_text()))
                 print(done.stdout, end="\n", flush=True)
-                print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
+                print(*done.stderr.strip().splitlines()[-1:], file=sys.stderr)
             else:
                 said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
                 reports.append({"suite": suite, "options": dataclasses.asdict(options), "cases": [],

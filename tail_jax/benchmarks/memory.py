@@ -74,7 +74,7 @@ def run(options: Options) -> Measured:
         ValueError: torch or transformers are not installed, or a process failed.
     """
     # In a process of its own, which gives the accelerator back when it ends.
-    device = json.loads(run_python(_DEVICE))
+    device = json.loads(run_python(_DEVICE).splitlines()[-1])
     people = [OURS] + [PEER] * bool(device)
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
